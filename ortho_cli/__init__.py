@@ -1,0 +1,67 @@
+"""Orthogonality in deep networks: put it into a checkpoint, train with it, measure it, take it out again.
+
+The table of contents of the public Python API; a name's module, and torch, is imported when the name is first used.
+
+>>> import ortho_cli as ortho
+>>> ortho.parse_hub_id("org/name").repo
+'org/name'
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+# name -> module that defines it
+_API = {
+    "CheckpointError": "errors",
+    "NumericsError": "errors",
+    "OrthoError": "errors",
+    "OutputError": "errors",
+    "RecipeError": "errors",
+    "TargetError": "errors",
+    "UsageError": "errors",
+    "Adapter": "checkpoints.adapters",
+    "Checkpoint": "checkpoints.store",
+    "Report": "surgery.plan",
+    "TensorReader": "checkpoints.reading",
+    "add_hra": "surgery.add_hra",
+    "convert": "surgery.convert",
+    "diff": "surgery.diff",
+    "inspect": "surgery.inspect",
+    "merge": "surgery.merge",
+    "open_checkpoint": "checkpoints.store",
+    "parse_hub_id": "checkpoints.hub",
+    "read_adapter": "checkpoints.adapters",
+}
+
+__all__ = [
+    "Adapter", "Checkpoint", "CheckpointError", "NumericsError", "OrthoError", "OutputError", "RecipeError", "Report",
+    "TargetError", "TensorReader", "UsageError", "add_hra", "convert", "diff", "inspect", "merge", "open_checkpoint",
+    "parse_hub_id", "read_adapter",
+]  # fmt: skip
+
+if TYPE_CHECKING:
+    from .checkpoints.adapters import Adapter, read_adapter
+    from .checkpoints.hub import parse_hub_id
+    from .checkpoints.reading import TensorReader
+    from .checkpoints.store import Checkpoint, open_checkpoint
+    from .errors import CheckpointError, NumericsError, OrthoError, OutputError, RecipeError, TargetError, UsageError
+    from .surgery.add_hra import add_hra
+    from .surgery.convert import convert
+    from .surgery.diff import diff
+    from .surgery.inspect import inspect
+    from .surgery.merge import merge
+    from .surgery.plan import Report
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _API:
+        raise AttributeError(f"module 'ortho_cli' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"ortho_cli.{_API[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

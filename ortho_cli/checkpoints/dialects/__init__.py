@@ -1,0 +1,128 @@
+"""Which dialect an adapter file speaks, told by its tensors' names and its configuration, never by its file name.
+
+dialect     told by                                                            read by
+peft        adapter_config.json                                                peft.py (hra-llama too)
+kohya       lora_unet_ lora_te_ oft_unet_ lycoris_ in front of a name          kohya.py (LyCORIS too)
+ortho       X.hra_u, no base weights, ortho.method in the metadata             hra_repo.py
+diffusers   lora_A/lora_B, .lora.down, .processor.to_q_lora, lora_adapter_...  diffusers_lora.py
+hra-repo    X.hra_u in a checkpoint, or .processor.to_q_hra.hra_u              hra_repo.py
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+from ortho_cli.checkpoints.header import printable
+from ortho_cli.checkpoints.store import Checkpoint, open_checkpoint, read_json
+from ortho_cli.errors import CheckpointError
+
+from .contents import Contents
+from .diffusers_lora import METADATA_KEY, read_diffusers
+from .hra_repo import RAW_VECTORS, read_hra
+from .kohya import PREFIXES, read_kohya
+from .peft import PREFIX, read_peft
+
+__all__ = ["detect", "read"]
+
+_LORA = re.compile(r"(\.lora_[AB](\.default)?\.(weight|bias)|\.lora\.(down|up)\.weight|_lora\.(down|up)\.weight|"
+                   r"\.lora_linear_layer\.(down|up)\.weight|\.lora_magnitude_vector)$")  # fmt: skip
+_BASE_WEIGHT = re.compile(r"\.(fixed_linear\.)?weight$")
+
+
+def detect(names: Collection[str], config: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
+    """The dialect of an adapter: `peft`, `kohya`, `ortho`, `diffusers` or `hra-repo`.
+
+    Args:
+        names: its tensor names.
+        config: its ``adapter_config.json``, empty where there is none.
+        metadata: its safetensors metadata.
+
+    Raises:
+        CheckpointError: no adapter, or a PEFT file without its configuration.
+
+    >>> detect(["lora_unet_mid_block_attentions_0_proj_in.alpha"], {}, {})
+    'kohya'
+    """
+    if "peft_type" in config:
+        return "peft"
+    if any(name.startswith(PREFIXES) for name in names):
+        return "kohya"
+    reflections = any(name.endswith(".hra_u") for name in names)
+    if any(name.startswith(PREFIX) for name in names):
+        raise CheckpointError(
+            "PEFT tensors without adapter_config.json, which says how they act",
+            hint="name the folder that holds adapter_config.json and adapter_model.safetensors",
+        )
+    if reflections and METADATA_KEY in metadata:
+        return "diffusers"
+    if reflections and "ortho.method" in metadata and not any(_BASE_WEIGHT.search(name) for name in names):
+        return "ortho"
+    if reflections:
+        return "hra-repo"
+    if any(_LORA.search(name) for name in names):
+        return "diffusers"
+    sample = printable(min(names)) if names else ""
+    raise CheckpointError(
+        f"no adapter: {len(names)} tensors, none named as in any dialect (the first is {sample!r})",
+        hint="read are PEFT folders, kohya, LyCORIS and diffusers LoRA files, and checkpoints that hold HRA",
+    )
+
+
+def read(checkpoint: Checkpoint) -> tuple[str, Contents, dict[str, Any], dict[str, str]]:
+    """The dialect of an opened adapter, its contents, configuration and metadata."""
+    where, metadata = str(checkpoint.root), checkpoint.metadata
+    components = sorted({file.component for file in checkpoint.files})
+    if checkpoint.kind == "adapter" and components != [""]:
+        contents, configs, dialects = Contents(), dict[str, Any](), set[str]()
+        for component in components:
+            part = open_checkpoint(checkpoint.root / component)
+            dialect, found, configs[component], _ = read(part)
+            contents.take(found, component)
+            dialects.add(dialect)
+        return "+".join(sorted(dialects)), contents, configs, metadata
+    config = dict(checkpoint.config) if checkpoint.kind == "adapter" else _config_beside(checkpoint)
+    try:
+        dialect = detect(checkpoint.tensors, config, metadata)
+    except CheckpointError as error:
+        raise CheckpointError(error.message, hint=error.hint, where=where) from error
+    if dialect == "kohya":
+        return dialect, read_kohya(checkpoint.tensors, where), {}, metadata
+    if dialect == "diffusers":
+        contents, config = read_diffusers(checkpoint.tensors, metadata, where)
+        return dialect, contents, config, metadata
+    if dialect != "peft":
+        return dialect, read_hra(checkpoint.tensors, metadata, where), {}, metadata
+    dialect, contents = read_peft(checkpoint.tensors, config, where)
+    raw = _folder(checkpoint) / RAW_VECTORS
+    if raw.is_file():
+        return "ortho", _with_vectors(contents, raw), config, {**metadata, **open_checkpoint(raw).metadata}
+    return dialect, contents, config, metadata
+
+
+def _folder(checkpoint: Checkpoint) -> Path:
+    return checkpoint.root if checkpoint.root.is_dir() else checkpoint.root.parent
+
+
+def _config_beside(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The configuration next to a PEFT weight file that was named itself."""
+    path = _folder(checkpoint) / "adapter_config.json"
+    named = any(name.startswith(PREFIX) for name in checkpoint.tensors)
+    return read_json(path) if named and checkpoint.kind == "file" and path.is_file() else {}
+
+
+def _with_vectors(contents: Contents, raw: Path) -> Contents:
+    """The same adapter, its LoRA form replaced by the reflections it was exported from."""
+    opened = open_checkpoint(raw)
+    vectors = read_hra(opened.tensors, opened.metadata, str(raw))
+    if vectors.layers.keys() != contents.layers.keys():
+        other = min(vectors.layers.keys() ^ contents.layers.keys())
+        raise CheckpointError(
+            f"{RAW_VECTORS} and the adapter beside it differ: layer {other!r} is in one only", where=str(raw)
+        )
+    contents.layers = vectors.layers
+    contents.bound = False
+    contents.notes += [*vectors.notes, f"read from the reflections in {RAW_VECTORS}, not from the LoRA beside it"]
+    return contents

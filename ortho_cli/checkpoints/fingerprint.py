@@ -1,0 +1,85 @@
+"""Which base an adapter belongs to: a hash that survives renaming (LDM, diffusers) and storage in half precision.
+
+SHA-256 over the adapted layers' canonical names, matrix shapes, and the first and last 2,048 values rounded to
+float16. Needs no torch, so that a plan stays a plan: 144 layers take a tenth of a second.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+from array import array
+from collections.abc import Iterable
+from math import inf, prod
+
+from ortho_cli.errors import CheckpointError
+from .layouts import fingerprint_name, to_canonical
+from .store import Checkpoint
+from .tensors import DTYPE_BITS, TensorInfo
+
+__all__ = ["base_fingerprint"]
+
+EDGE_VALUES = 2048
+HALF_LIMIT = 65520.0  # from here on a float rounds to infinity in float16
+
+
+def base_fingerprint(checkpoint: Checkpoint, layers: Iterable[str]) -> str:
+    """Hash of the weights of some layers, equal in every naming and float type of the same model.
+
+    Args:
+        checkpoint: the base; a checkpoint that holds HRA is hashed without it.
+        layers: native layer names, as `Checkpoint.layers` gives them; their order does not matter.
+
+    Returns:
+        64 hexadecimal digits.
+
+    Raises:
+        CheckpointError: a weight is not a float tensor.
+
+    Cost: two reads of at most 8 kB for each layer.
+    """
+    layout = checkpoint.layout
+    named = sorted((fingerprint_name(to_canonical(layer, layout)), checkpoint.weight(layer)) for layer in layers)
+    digest = hashlib.sha256()
+    for name, info in named:
+        rows = info.shape[0]
+        digest.update(f"{name}:{rows}x{prod(info.shape[1:])}\n".encode())
+        digest.update(_edges(info))
+    return digest.hexdigest()
+
+
+def _edges(info: TensorInfo) -> bytes:
+    """The first and the last values of a tensor, as little-endian float16."""
+    if info.dtype not in ("F16", "BF16", "F32", "F64"):
+        raise CheckpointError(f"weight {info.name!r} is {info.dtype}; a fingerprint needs floats", where=str(info.path))
+    if info.strides is not None:
+        from .reading import TensorReader
+
+        with TensorReader() as reader:
+            values = reader.read(info).double().reshape(-1)
+            return _half(values[:EDGE_VALUES].tolist()) + _half(values[-EDGE_VALUES:].tolist())
+    count, width = min(EDGE_VALUES, info.numel), DTYPE_BITS[info.dtype] // 8
+    descriptor = os.open(info.path, os.O_RDONLY)
+    try:
+        first = os.pread(descriptor, count * width, info.offset)
+        last = os.pread(descriptor, count * width, info.offset + info.nbytes - count * width)
+    finally:
+        os.close(descriptor)
+    return b"".join(raw if info.dtype == "F16" else _half(_floats(raw, info.dtype)) for raw in (first, last))
+
+
+def _floats(raw: bytes, dtype: str) -> list[float]:
+    if dtype == "BF16":  # the upper half of a float32
+        padded = array("I", (value << 16 for value in struct.unpack(f"<{len(raw) // 2}H", raw)))
+        return list(struct.unpack(f"{len(padded)}f", padded.tobytes()))
+    code, width = ("f", 4) if dtype == "F32" else ("d", 8)
+    return list(struct.unpack(f"<{len(raw) // width}{code}", raw))
+
+
+def _half(values: list[float]) -> bytes:
+    try:
+        return struct.pack(f"<{len(values)}e", *values)
+    except OverflowError:
+        clipped = [value if abs(value) < HALF_LIMIT or value != value else inf * value for value in values]
+        return struct.pack(f"<{len(values)}e", *clipped)

@@ -1,0 +1,103 @@
+"""Hub ids `org/name[@revision][:file]`, fetched through huggingface-hub and its cache.
+
+Only what a verb needs is fetched: one set of weights (safetensors before pickles, the plain variant before others) and
+the small files beside them. `HF_HUB_OFFLINE=1` answers from the cache alone.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+
+from ortho_cli.errors import CheckpointError
+
+__all__ = ["HubId", "choose_files", "fetch", "parse_hub_id"]
+
+_HUB_ID = re.compile(r"(?P<repo>[\w][\w.-]*/[\w][\w.-]*)(?:@(?P<revision>[\w./-]+))?(?::(?P<file>[^:]+))?")
+_SMALL = (".json", ".txt", ".model", ".md", ".jinja")
+
+
+@dataclass(frozen=True, slots=True)
+class HubId:
+    """A model on the hub, perhaps at a revision, perhaps one file of it."""
+
+    repo: str
+    revision: str | None = None
+    file: str | None = None
+
+
+def parse_hub_id(text: str) -> HubId | None:
+    """`text` as a hub id, or None where it cannot be one.
+
+    >>> parse_hub_id("org/name@v1:unet/model.safetensors")
+    HubId(repo='org/name', revision='v1', file='unet/model.safetensors')
+    >>> parse_hub_id("./folder/file.safetensors") is None
+    True
+    """
+    match = _HUB_ID.fullmatch(text)
+    if match is None or text.endswith((".safetensors", ".ckpt", ".bin", ".pt", ".pth")) and match["file"] is None:
+        return None
+    return HubId(match["repo"], match["revision"], match["file"])
+
+
+def fetch(hub: HubId) -> Path:
+    """The local path of a hub id: a file or the snapshot folder, downloaded if the cache lacks it.
+
+    Raises:
+        CheckpointError: unknown repository, revision or file, no network, or nothing in the cache while offline.
+    """
+    from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        if hub.file is not None:
+            return Path(hf_hub_download(hub.repo, hub.file, revision=hub.revision))
+        if constants.HF_HUB_OFFLINE:
+            return Path(snapshot_download(hub.repo, revision=hub.revision, local_files_only=True))
+        names = HfApi().list_repo_files(hub.repo, revision=hub.revision)
+        return Path(snapshot_download(hub.repo, revision=hub.revision, allow_patterns=choose_files(names)))
+    except LocalEntryNotFoundError as error:
+        raise CheckpointError(
+            f"{hub.repo} is not in the hub cache and the hub cannot be reached",
+            hint="unset HF_HUB_OFFLINE, check the network with `ortho doctor`, or give a local path",
+        ) from error
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{hub.repo} cannot be fetched: {str(error).strip().splitlines()[0][:200]}",
+            hint="check the name, the revision and your token (`ortho doctor`), or give a local path",
+        ) from error
+
+
+def choose_files(names: Collection[str]) -> list[str]:
+    """Which files of a repository to fetch: per folder one set of weights, and every small file.
+
+    >>> choose_files(["config.json", "model.safetensors", "model.fp16.safetensors", "pytorch_model.bin"])
+    ['config.json', 'model.safetensors']
+    """
+    chosen = [name for name in names if name.endswith(_SMALL)]
+    pipeline = "model_index.json" in names
+    for folder in sorted({name.rpartition("/")[0] for name in names}):
+        if pipeline and not folder:  # single-file copies beside a pipeline would double the download
+            continue
+        weights = [name for name in names if name.rpartition("/")[0] == folder and _is_weight(name)]
+        for rule in (_plain_safetensors, _any_safetensors, _is_weight):
+            kept = [name for name in weights if rule(name)]
+            if kept:
+                chosen += kept
+                break
+    return sorted(chosen)
+
+
+def _is_weight(name: str) -> bool:
+    return name.endswith((".safetensors", ".bin", ".ckpt", ".pt", ".pth"))
+
+
+def _any_safetensors(name: str) -> bool:
+    return name.endswith(".safetensors")
+
+
+def _plain_safetensors(name: str) -> bool:
+    """`model.safetensors` or `model-00001-of-00002.safetensors`, not `model.fp16.safetensors`."""
+    return re.fullmatch(r"(.*/)?[^./]+\.safetensors", name) is not None

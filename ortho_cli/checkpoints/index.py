@@ -1,0 +1,98 @@
+"""Sharded checkpoints: `*.index.json` lists which file holds which tensor.
+
+An index is data from a stranger: shard names must be plain names inside its folder (no path, no drive, no link out of
+it), of the index's own kind, and it must agree with what the shards really hold.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import NoReturn
+
+from ortho_cli.errors import CheckpointError
+from .header import printable
+
+__all__ = ["MAX_INDEX_BYTES", "check_against_shards", "index_names", "read_index"]
+
+MAX_INDEX_BYTES = 10_000_000  # the hub client's own limit
+PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
+
+
+def read_index(path: Path) -> tuple[dict[str, str], int | None]:
+    """The `weight_map` of an index file (tensor name -> shard name, every shard name safe) and its `total_size`.
+
+    Raises:
+        CheckpointError: too large, not an index, or a shard name that leaves the folder or is of another kind.
+    """
+    try:
+        if path.stat().st_size > MAX_INDEX_BYTES:
+            _fail(path, f"index of {path.stat().st_size:,} bytes is over the limit of {MAX_INDEX_BYTES:,}")
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        _fail(path, f"index cannot be read: {str(error)[:120]}")
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        _fail(path, "index has no weight_map")
+    for shard in set(map(str, weight_map.values())):
+        _check_shard_name(path, shard)
+    if not all(isinstance(shard, str) for shard in weight_map.values()):
+        _fail(path, "index names a shard that is not text")
+    metadata = content.get("metadata") or {}
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
+    return weight_map, int(total) if isinstance(total, (int, float)) and not isinstance(total, bool) else None
+
+
+def _check_shard_name(path: Path, shard: str) -> None:
+    shown = printable(shard)
+    windows, posix = PureWindowsPath(shard), PurePosixPath(shard)
+    if windows.drive or windows.root or posix.is_absolute() or len(windows.parts) != 1 or shard in (".", "..", ""):
+        _fail(path, f"shard name {shown!r} is not a plain file name")
+    wants_pickle = ".bin.index" in path.name
+    is_pickle = shard.endswith(PICKLE_SUFFIXES)
+    if wants_pickle != is_pickle or (not is_pickle and not shard.endswith(".safetensors")):
+        _fail(path, f"shard {shown!r} is not of the kind that {path.name} lists")
+    target = path.parent / shard
+    if not target.is_file():
+        _fail(path, f"shard {shown!r} is missing")
+    # A hub cache links snapshots to blobs: a link may leave the snapshot, but not the folder of its model.
+    roots = {path.parent.resolve(), *(parent.resolve() for parent in path.absolute().parents if _is_hub_folder(parent))}
+    if not any(target.resolve().is_relative_to(root) for root in roots):
+        _fail(path, f"shard {shown!r} is a link out of the folder")
+
+
+def _is_hub_folder(folder: Path) -> bool:
+    return folder.name.startswith("models--") and (folder / "blobs").is_dir()
+
+
+def check_against_shards(
+    path: Path, weight_map: dict[str, str], found: dict[str, str], total_size: int | None, total_bytes: int
+) -> None:
+    """Refuse an index that disagrees with its shards (`found`: tensor name -> shard it really lies in)."""
+    for name, shard in weight_map.items():
+        if found.get(name) != shard:
+            place = f"lies in {printable(found[name])!r}" if name in found else "is in no shard"
+            _fail(path, f"tensor {printable(name)!r} is listed in {printable(shard)!r} but {place}")
+    extra = sorted(found.keys() - weight_map.keys())
+    if extra:
+        _fail(path, f"{len(extra)} tensors are in the shards but not in the index, first {printable(extra[0])!r}")
+    if total_size is not None and total_size != total_bytes:
+        raise CheckpointError(
+            f"index says total_size {total_size:,}, the shards hold {total_bytes:,} bytes of tensors",
+            hint="a shard may be from another model; if the shards are right, delete metadata.total_size",
+            where=str(path),
+        )
+
+
+def index_names(stem: str, variant: str | None) -> tuple[str, str]:
+    """File names of the safetensors and the pickle index for a weight stem, e.g. `model` or `diffusion_pytorch_model`.
+
+    >>> index_names("diffusion_pytorch_model", "fp16")[0]
+    'diffusion_pytorch_model.safetensors.index.fp16.json'
+    """
+    tail = f".{variant}.json" if variant else ".json"
+    return f"{stem}.safetensors.index{tail}", f"{'pytorch_model' if stem == 'model' else stem}.bin.index{tail}"
+
+
+def _fail(path: Path, reason: str) -> NoReturn:
+    raise CheckpointError(reason, where=str(path))

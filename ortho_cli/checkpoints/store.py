@@ -1,0 +1,276 @@
+"""Open any checkpoint as one mapping of tensor names to byte ranges; no tensor is read.
+
+A checkpoint argument is a file (`.safetensors`, `.ckpt`, `.bin`, `.pt`, `.pth`), a sharded index or the folder that
+holds one, a transformers, diffusers or adapter folder, or a hub id `org/name[@revision][:file]`. In a pipeline of
+several components tensor names carry the component: `unet.conv_in.weight`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from ortho_cli.errors import CheckpointError
+from .header import printable, read_header
+from .index import check_against_shards, index_names, read_index
+from .tensors import TensorInfo
+
+__all__ = ["PICKLE_SUFFIXES", "WEIGHT_SUFFIXES", "Checkpoint", "WeightFile", "open_checkpoint", "read_json"]
+
+PICKLE_SUFFIXES = (".ckpt", ".bin", ".pt", ".pth")
+WEIGHT_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
+STEMS = ("model", "diffusion_pytorch_model", "adapter_model", "pytorch_lora_weights")
+MAX_JSON_BYTES = 10_000_000
+# Folders by which a pipeline is known even without its model_index.json.
+WEIGHT_COMPONENTS = (
+    "unet", "transformer", "transformer_2", "vae", "text_encoder", "text_encoder_2", "text_encoder_3", "prior",
+    "decoder", "controlnet", "image_encoder", "safety_checker",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """One weight file of a checkpoint."""
+
+    path: Path
+    relative: str  # its place below the checkpoint's root, "" for a checkpoint that is one file
+    component: str  # "unet" in a pipeline, else ""
+    format: str  # "safetensors" or "pickle"
+    metadata: dict[str, str]
+    tensors: tuple[str, ...]  # full names, in the order of their bytes
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Tensors by name, and what else is known of where they came from.
+
+    `kind` is `file`, `folder` (one component, sharded or not), `pipeline` (several) or `adapter`. `config` is the
+    folder's `config.json` or `adapter_config.json`. Names are in byte order of the files.
+    """
+
+    source: str
+    root: Path
+    kind: str
+    files: tuple[WeightFile, ...]
+    tensors: dict[str, TensorInfo]
+    config: dict[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The safetensors metadata of all files together (the first file wins)."""
+        merged: dict[str, str] = {}
+        for file in self.files:
+            merged = {**file.metadata, **merged}
+        return merged
+
+    @cached_property
+    def layout(self) -> str:
+        """The naming its tensors follow, as `layouts.detect` finds it."""
+        from .layouts import detect
+
+        return detect({name: info.shape for name, info in self.tensors.items()})
+
+    @property
+    def format(self) -> str:
+        """`safetensors`, `pickle`, or `mixed`."""
+        formats = {file.format for file in self.files}
+        return formats.pop() if len(formats) == 1 else "mixed"
+
+    def layers(self) -> dict[str, tuple[int, ...]]:
+        """Layer name -> weight shape, for every `.weight` of two or more dimensions that lies outside the EMA copy.
+
+        A layer that holds a Householder adapter (`X.fixed_linear.weight`) is named `X`.
+        """
+        found = {}
+        for name, info in self.tensors.items():
+            if name.endswith(".weight") and len(info.shape) >= 2 and not name.startswith("model_ema."):
+                found[name.removesuffix(".weight").removesuffix(".fixed_linear")] = info.shape
+        return found
+
+    def weight(self, layer: str) -> TensorInfo:
+        """The weight tensor of a layer named by `layers()`."""
+        plain = self.tensors.get(f"{layer}.weight")
+        return plain if plain is not None else self.tensors[f"{layer}.fixed_linear.weight"]
+
+
+def open_checkpoint(source: str | Path, *, variant: str | None = None) -> Checkpoint:
+    """Open a checkpoint lazily: headers are read and checked, tensors are not.
+
+    Args:
+        source: a file, a folder, an index file, or a hub id ``org/name[@revision][:file]``.
+        variant: which variant of a folder's weights to take (``fp16``); by default the plain one, else the only one.
+
+    Raises:
+        CheckpointError: not found, unreadable, malformed, or ambiguous; the message says which file and why.
+
+    Cost: one read of each header; a 4 GB file opens in milliseconds.
+
+    >>> open_checkpoint("no/such/file.safetensors")
+    Traceback (most recent call last):
+    ortho_cli.errors.CheckpointError: no such file or folder: no/such/file.safetensors
+    """
+    text = str(source)
+    path = Path(text).expanduser()
+    if not path.exists():
+        from .hub import fetch, parse_hub_id
+
+        hub = parse_hub_id(text)
+        if hub is None:
+            raise CheckpointError(
+                f"no such file or folder: {printable(text)}",
+                hint="a hub id is written org/name, org/name@revision or org/name:file.safetensors",
+            )
+        path = fetch(hub)
+    if path.is_dir():
+        return _open_folder(text, path, variant)
+    if path.name.endswith(".json") and ".index" in path.name:
+        return _open_shards(text, path.parent, path)
+    file = _open_file(path, "", "")
+    return Checkpoint(text, path, "file", (file[0],), file[1], notes=file[2])
+
+
+Opened = tuple[WeightFile, dict[str, TensorInfo], tuple[str, ...]]
+
+
+def _open_file(path: Path, relative: str, component: str) -> Opened:
+    """Read one weight file's header, by what the file is and not by its name alone."""
+    if not path.is_file():
+        raise CheckpointError(f"not a file: {path}")
+    if path.suffix in PICKLE_SUFFIXES:
+        from .pickles import read_pickle
+
+        contents = read_pickle(path)
+        tensors, metadata, notes, kind = contents.tensors, dict[str, str](), contents.notes, "pickle"
+    elif path.suffix == ".safetensors":
+        header = read_header(path)
+        tensors, metadata, notes, kind = header.tensors, header.metadata, (), "safetensors"
+    else:
+        raise CheckpointError(
+            f"cannot tell what {path.name} is: its name ends in none of {' '.join(WEIGHT_SUFFIXES)}", where=str(path)
+        )
+    if component:
+        tensors = {f"{component}.{name}": replace(info, name=f"{component}.{name}") for name, info in tensors.items()}
+    return WeightFile(path, relative, component, kind, metadata, tuple(tensors)), dict(tensors), tuple(notes)
+
+
+def _open_folder(source: str, root: Path, variant: str | None) -> Checkpoint:
+    if (root / "model_index.json").is_file():
+        return _open_pipeline(source, root, variant)
+    single = _open_component(source, root, variant)
+    if single is not None:
+        return single
+    if any((root / child).is_dir() for child in WEIGHT_COMPONENTS):
+        return _open_pipeline(source, root, variant)
+    raise CheckpointError(
+        f"folder holds no weights: {printable(root.name)!r}",
+        hint="expected model.safetensors, an index, model_index.json or adapter_config.json in it; or name one file",
+        where=str(root),
+    )
+
+
+def _open_component(source: str, root: Path, variant: str | None, component: str = "") -> Checkpoint | None:
+    """One folder with one set of weights: an index, a single file of a known name, or the only weight file there."""
+    config = _read_config(root)
+    kind = "adapter" if (root / "adapter_config.json").is_file() else "folder"
+    for stem in STEMS:
+        for wanted in _variants(root, stem, variant):
+            for index_name in index_names(stem, wanted):
+                if (root / index_name).is_file():
+                    opened = _open_shards(source, root, root / index_name, component)
+                    return Checkpoint(source, root, kind, opened.files, opened.tensors, config, opened.notes)
+            suffix = f".{wanted}" if wanted else ""
+            names = [f"{stem}{suffix}.safetensors", f"{stem}{suffix}.bin"]
+            if stem == "model":
+                names.append(f"pytorch_model{suffix}.bin")
+            for name in names:
+                if (root / name).is_file():
+                    file, tensors, notes = _open_file(root / name, name, component)
+                    return Checkpoint(source, root, kind, (file,), tensors, config, notes)
+    weights = sorted(path for path in root.iterdir() if path.suffix in WEIGHT_SUFFIXES and path.is_file())
+    if len(weights) > 1:
+        raise CheckpointError(
+            f"folder holds {len(weights)} weight files and no index: {', '.join(path.name for path in weights[:4])}",
+            hint="name one of them",
+            where=str(root),
+        )
+    if weights:
+        file, tensors, notes = _open_file(weights[0], weights[0].name, component)
+        return Checkpoint(source, root, kind, (file,), tensors, config, notes)
+    return None
+
+
+def _variants(root: Path, stem: str, variant: str | None) -> list[str | None]:
+    """The asked variant; else the plain weights, then the only variant there is."""
+    if variant is not None:
+        return [variant]
+    found = {
+        path.name.removeprefix(f"{stem}.").split(".")[0].split("-")[0]
+        for path in root.glob(f"{stem}.*.safetensors")
+        if len(path.name.removeprefix(f"{stem}.").split(".")) == 2
+    }
+    return [None, found.pop()] if len(found) == 1 else [None]
+
+
+def _open_shards(source: str, root: Path, index: Path, component: str = "") -> Checkpoint:
+    weight_map, total_size = read_index(index)
+    files, tensors, notes = [], dict[str, TensorInfo](), list[str]()
+    shard_of: dict[str, str] = {}
+    for shard in sorted(set(weight_map.values())):
+        file, found, remarks = _open_file(root / shard, shard, component)
+        for name in found:
+            if name in tensors:
+                raise CheckpointError(f"tensor {printable(name)!r} is in two shards", where=str(index))
+            shard_of[name.removeprefix(f"{component}.") if component else name] = shard
+        files.append(file)
+        tensors.update(found)
+        notes.extend(remarks)
+    check_against_shards(index, weight_map, shard_of, total_size, sum(info.nbytes for info in tensors.values()))
+    return Checkpoint(source, root, "folder", tuple(files), tensors, _read_config(root), tuple(notes))
+
+
+def _open_pipeline(source: str, root: Path, variant: str | None) -> Checkpoint:
+    parts: list[Checkpoint] = []
+    folders = sorted(folder for folder in root.iterdir() if folder.is_dir() and not folder.name.startswith("."))
+    for folder in folders:
+        opened = _open_component(source, folder, variant, folder.name)
+        if opened is not None:
+            parts.append(opened)
+    if not parts:
+        raise CheckpointError("pipeline folder holds no component with weights", where=str(root))
+    files = tuple(
+        WeightFile(file.path, f"{file.component}/{file.relative}", file.component, file.format, file.metadata, file.tensors)
+        for part in parts
+        for file in part.files
+    )
+    tensors = {name: info for part in parts for name, info in part.tensors.items()}
+    notes = tuple(note for part in parts for note in part.notes)
+    kind = "adapter" if all(part.kind == "adapter" for part in parts) else "pipeline"
+    return Checkpoint(source, root, kind, files, tensors, _read_config(root), notes)
+
+
+def _read_config(root: Path) -> dict[str, Any]:
+    for name in ("adapter_config.json", "config.json", "model_index.json"):
+        path = root / name
+        if path.is_file():
+            return read_json(path)
+    return {}
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A bounded JSON object from a file beside the weights."""
+    try:
+        if path.stat().st_size > MAX_JSON_BYTES:
+            raise CheckpointError(f"{path.name} is over {MAX_JSON_BYTES:,} bytes", where=str(path))
+        content = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise CheckpointError(f"{path.name} cannot be read: {str(error)[:120]}", where=str(path)) from error
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path.name} is not a JSON object", where=str(path))
+    return content
+
+

@@ -1,0 +1,224 @@
+"""Write safetensors files by streaming: unchanged tensors as byte ranges, computed ones as they are produced.
+
+The header is known before any value is, so every tensor has its place at once: a thread copies the ranges (inside the
+kernel where the system can) while the caller computes the rest. The file appears under its name only when complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from ortho_cli.errors import OutputError
+from .header import read_header
+from .tensors import DTYPE_BITS, TensorInfo
+
+__all__ = ["Piece", "computed", "copied", "file_bytes", "write_file"]
+
+COPY_BYTES = 64 * 2**20  # one kernel copy call; small enough that progress moves and Ctrl-C is felt
+Buffers = Iterator[Any]  # anything with the buffer protocol, in order, together exactly the tensor's bytes
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One tensor of an output file: either a byte range of an input, or buffers produced when the file is written."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    source: TensorInfo | None = None
+    produce: Callable[[], Buffers] | None = field(default=None, compare=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensor."""
+        return (prod(self.shape) * DTYPE_BITS[self.dtype] + 7) // 8
+
+
+def copied(info: TensorInfo, name: str | None = None, shape: tuple[int, ...] | None = None) -> Piece:
+    """A tensor taken over byte for byte, perhaps under another name or (same bytes) another shape."""
+    name, shape = name if name is not None else info.name, shape if shape is not None else info.shape
+    assert prod(shape) == info.numel, (name, shape, info.shape)
+    if info.strides is None:
+        return Piece(name, info.dtype, shape, source=info)
+    return Piece(name, info.dtype, shape, produce=lambda: _row_major(info))
+
+
+def computed(name: str, dtype: str, shape: Sequence[int], produce: Callable[[], Buffers]) -> Piece:
+    """A tensor whose bytes `produce()` yields, block by block, when the file is written."""
+    return Piece(name, dtype, tuple(shape), produce=produce)
+
+
+def _row_major(info: TensorInfo) -> Buffers:
+    """The bytes of a strided (pickled, transposed) tensor in row-major order."""
+    from .reading import TensorReader, tensor_bytes
+
+    with TensorReader() as reader:
+        yield tensor_bytes(reader.read(info))
+
+
+def _layout(pieces: Iterable[Piece], metadata: dict[str, str]) -> tuple[bytes, list[tuple[Piece, int]]]:
+    """Header bytes and absolute offset of every piece: widest dtype first, then by name, as the reference writer does."""
+    ordered = sorted(pieces, key=lambda piece: (-DTYPE_BITS[piece.dtype], piece.name))
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    offset = 0
+    for piece in ordered:
+        header[piece.name] = {
+            "dtype": piece.dtype,
+            "shape": list(piece.shape),
+            "data_offsets": [offset, offset + piece.nbytes],
+        }
+        offset += piece.nbytes
+    assert len(header) == len(ordered) + bool(metadata), "two pieces of one name"
+    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    raw += b" " * (-len(raw) % 8)
+    start = 8 + len(raw)
+    placed, offset = [], start
+    for piece in ordered:
+        placed.append((piece, offset))
+        offset += piece.nbytes
+    return len(raw).to_bytes(8, "little") + raw, placed
+
+
+def file_bytes(pieces: Sequence[Piece], metadata: dict[str, str]) -> int:
+    """The exact size of the file that `write_file` would write."""
+    head, _ = _layout(pieces, metadata)
+    return len(head) + sum(piece.nbytes for piece in pieces)
+
+
+def write_file(
+    path: Path,
+    pieces: Sequence[Piece],
+    metadata: dict[str, str],
+    *,
+    advance: Callable[[int], None] = lambda count: None,
+) -> int:
+    """Write one safetensors file in place (the caller renames it), copying ranges while computing the rest.
+
+    Args:
+        path: a partial file's path; it is created, or truncated.
+        pieces: the tensors, in any order; the same pieces give the same bytes.
+        metadata: text to text, stored under ``__metadata__``.
+        advance: told the number of bytes written since it was last called, from two threads.
+
+    Returns:
+        The size of the file, which is on the disk (fsync) and re-opened: header, names and shapes are as planned.
+
+    Raises:
+        OutputError: the disk filled up, or the file cannot be written.
+    """
+    head, placed = _layout(pieces, metadata)
+    total = len(head) + sum(piece.nbytes for piece in pieces)
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            os.pwrite(descriptor, head, 0)
+            os.truncate(descriptor, total)
+            stop: list[bool] = []
+            with ThreadPoolExecutor(1) as pool:
+                ranges = _merged(placed)
+                copying = pool.submit(_copy_ranges, ranges, descriptor, advance, stop)
+                try:
+                    for piece, offset in placed:
+                        if piece.produce is not None:
+                            _write_buffers(descriptor, piece, offset, advance)
+                    copying.result()
+                except BaseException:
+                    stop.append(True)
+                    raise
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        raise OutputError(f"cannot be written: {error.strerror or error}", where=str(path)) from error
+    written = read_header(path).tensors
+    planned = {piece.name: (piece.dtype, piece.shape) for piece in pieces}
+    assert {name: (info.dtype, info.shape) for name, info in written.items()} == planned, path
+    return total
+
+
+def _write_buffers(descriptor: int, piece: Piece, offset: int, advance: Callable[[int], None]) -> None:
+    assert piece.produce is not None
+    position = offset
+    for buffer in piece.produce():
+        view = memoryview(buffer).cast("B")
+        while view:
+            count = os.pwrite(descriptor, view, position)
+            position, view = position + count, view[count:]
+            advance(count)
+    assert position == offset + piece.nbytes, (piece.name, position - offset, piece.nbytes)
+
+
+@dataclass(slots=True)
+class _Range:
+    path: Path
+    source: int
+    target: int
+    count: int
+
+
+def _merged(placed: Iterable[tuple[Piece, int]]) -> list[_Range]:
+    """Ranges to copy; neighbours that are neighbours in the input too become one."""
+    ranges: list[_Range] = []
+    for piece, target in placed:
+        info = piece.source
+        if info is None or piece.nbytes == 0:
+            continue
+        last = ranges[-1] if ranges else None
+        if (
+            last is not None
+            and last.path == info.path
+            and last.source + last.count == info.offset
+            and last.target + last.count == target
+        ):
+            last.count += piece.nbytes
+        else:
+            ranges.append(_Range(info.path, info.offset, target, piece.nbytes))
+    return ranges
+
+
+def _copy_ranges(ranges: Iterable[_Range], descriptor: int, advance: Callable[[int], None], stop: list[bool]) -> None:
+    sources: dict[Path, int] = {}
+    try:
+        for item in ranges:
+            if item.path not in sources:
+                sources[item.path] = os.open(item.path, os.O_RDONLY)
+            source, done = sources[item.path], 0
+            while done < item.count and not stop:
+                count = _copy_some(
+                    source, descriptor, item.source + done, item.target + done, min(item.count - done, COPY_BYTES)
+                )
+                if count == 0:
+                    raise OSError(f"{item.path} ended while it was copied")
+                done += count
+                advance(count)
+    finally:
+        for source in sources.values():
+            os.close(source)
+
+
+def _copy_some(source: int, target: int, source_offset: int, target_offset: int, count: int) -> int:
+    """Copy inside the kernel where the system can, else through a small buffer."""
+    if hasattr(os, "copy_file_range"):
+        try:
+            return os.copy_file_range(source, target, count, source_offset, target_offset)
+        except OSError as error:
+            if error.errno not in _NO_KERNEL_COPY:
+                raise
+    return os.pwrite(target, os.pread(source, min(count, 4 * 2**20), source_offset), target_offset)
+
+
+def _errnos() -> frozenset[int]:
+    import errno
+
+    # Different file systems, a system that lacks the call, or a sandbox that forbids it: the plain copy serves.
+    return frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF})
+
+
+_NO_KERNEL_COPY = _errnos()

@@ -1,0 +1,102 @@
+"""The `ortho` command: verbs gathered from one module each, and the one place where errors become exit codes.
+
+Nothing heavy is imported here; a verb loads torch when it runs, not when its help is read.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import traceback
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from ortho_cli import __version__
+from ortho_cli.cli import add_hra, bench, convert, demo, doctor, inspect, merge, recipe
+from ortho_cli.errors import OrthoError
+
+__all__ = ["OrthoGroup", "app", "main"]
+
+
+class OrthoGroup(TyperGroup):
+    """Catches `OrthoError` once: one line and a hint on stderr, or the JSON object on stdout, and its exit code."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Give flags a real default: typer loads pydantic to make one of None, and help should load nothing."""
+        for parameter in self.get_params(ctx):
+            descriptor = getattr(parameter, "type_descriptor", None)
+            if parameter.default is None and getattr(descriptor, "annotation", None) is bool:
+                parameter.default = False
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the command that was named."""
+        words = [*getattr(ctx, "_protected_args", []), *ctx.args]
+        try:
+            return super().invoke(ctx)
+        except OrthoError as error:
+            if "--debug" in words:
+                traceback.print_exc()
+            report_error(error, as_json="--json" in words)
+            raise typer.Exit(error.exit_code) from error
+
+
+def report_error(error: OrthoError, *, as_json: bool) -> None:
+    """Print what went wrong: for people on stderr, for programs on stdout."""
+    if as_json:
+        typer.echo(json.dumps({"schema": 1, "ok": False, "error": error.as_dict()}, indent=2))
+        return
+    where = f" ({error.where})" if error.where and error.where not in error.message else ""
+    typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
+    typer.echo(f"{error.message}{where}", err=True)
+    if error.hint:
+        typer.secho("hint: ", fg="cyan", nl=False, err=True)
+        typer.echo(error.hint, err=True)
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"ortho {__version__}")
+        raise typer.Exit()
+
+
+app = typer.Typer(
+    name="ortho",
+    cls=OrthoGroup,
+    help="Orthogonality in deep networks: put it into a checkpoint, measure it, take it out again.",
+    epilog="Start with: ortho demo",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    pass
+
+
+CHECKPOINTS, HELP = "Checkpoints", "Help"
+app.command("inspect", rich_help_panel=CHECKPOINTS)(inspect.inspect)
+app.command("add-hra", rich_help_panel=CHECKPOINTS)(add_hra.add_hra)
+app.command("merge", rich_help_panel=CHECKPOINTS)(merge.merge)
+app.command("convert", rich_help_panel=CHECKPOINTS)(convert.convert)
+app.add_typer(recipe.app, name="recipe", cls=OrthoGroup, rich_help_panel=HELP)
+app.add_typer(bench.app, name="bench", cls=OrthoGroup, rich_help_panel=HELP)
+app.command("doctor", rich_help_panel=HELP)(doctor.doctor)
+app.command("demo", rich_help_panel=HELP)(demo.demo)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    for stream in (sys.stdout, sys.stderr):  # names of tensors may hold what an old terminal cannot show
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+    app(prog_name="ortho")

@@ -1,0 +1,85 @@
+"""A verb's arguments from a recipe and the command line together; what was typed wins."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from ortho_cli.errors import UsageError
+
+__all__ = ["gather", "required"]
+
+# Options that say how to run and report, not what to do: they are no part of a recipe.
+RUN_OPTIONS = {
+    "recipe", "save_recipe", "force", "dry_run", "as_json", "verbose", "quiet", "debug", "push_to_hub", "private",
+}  # fmt: skip
+
+
+def gather(ctx: typer.Context, verb: str, names: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """The verb's parameters: defaults, then the recipe's keys, then what was typed.
+
+    Args:
+        ctx: the running command.
+        verb: the name in the recipe's ``verb:``.
+        names: parameter -> recipe key, where they differ.
+
+    Raises:
+        RecipeError: the recipe does not fit its schema.
+    """
+    renamed = dict(names or {})
+    values = {name: value for name, value in ctx.params.items() if name not in RUN_OPTIONS}
+    typed = {name for name in values if str(ctx.get_parameter_source(name)).endswith("COMMANDLINE")}
+    source = ctx.params.get("recipe")
+    if source:
+        from ortho_cli.recipe.verbs import load_verb
+
+        loaded = load_verb(source, verb)
+        for name in values.keys() - typed:
+            key = renamed.get(name, name)
+            if key in loaded:
+                values[name] = _from_recipe(key, loaded[key])
+    if ctx.params.get("save_recipe"):
+        from ortho_cli.recipe.verbs import save_verb
+
+        defaults = {parameter.name: parameter.default for parameter in ctx.command.params}
+        given = {
+            renamed.get(name, name): _to_recipe(renamed.get(name, name), value)
+            for name, value in values.items()
+            if value not in (None, []) and (name in typed or value != defaults.get(name))
+        }
+        save_verb(ctx.params["save_recipe"], verb, given, force=bool(ctx.params.get("force")))
+    return values
+
+
+def required(values: Mapping[str, Any], usage: str, *names: str) -> None:
+    """Refuse a call that lacks a positional argument or the output.
+
+    Raises:
+        UsageError: with the usage line.
+    """
+    missing = [name for name in names if values.get(name) in (None, [])]
+    if missing:
+        shown = ", ".join("-o/--output" if name == "output" else name.upper() for name in missing)
+        raise UsageError(f"missing: {shown}", hint=f"usage: {usage}")
+
+
+def _from_recipe(key: str, value: Any) -> Any:
+    if key == "adapters":
+        return [item["path"] for item in value]
+    if key == "rank":
+        return [str(item) for item in value] if isinstance(value, list) else [str(value)]
+    return Path(value) if key == "output" and value is not None else value
+
+
+def _to_recipe(key: str, value: Any) -> Any:
+    if key == "adapters":
+        return [{"path": str(item)} for item in value]
+    if key == "rank":
+        ranks = [int(item) if str(item).isdigit() else item for item in value]
+        return ranks[0] if len(ranks) == 1 and isinstance(ranks[0], int) else ranks
+    if isinstance(value, (list, tuple)):
+        return [str(item) for item in value]
+    return str(value) if isinstance(value, Path) else value

@@ -1,0 +1,29 @@
+"""What every writing verb does after its arguments are known: plan, run with a bar, report, upload."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, cast
+
+from ortho_cli.cli.progress import byte_bar
+from ortho_cli.cli.publish import publish
+from ortho_cli.cli.show import show_report
+from ortho_cli.surgery.plan import run
+
+if TYPE_CHECKING:
+    import typer
+
+    from ortho_cli.surgery.plan import Plan
+
+__all__ = ["carry"]
+
+
+def carry(ctx: typer.Context, make_plan: Callable[[], object]) -> None:
+    """Make the plan, carry it out as the run options say, and print the report."""
+    options = ctx.params
+    plan = cast("Plan", make_plan())
+    with byte_bar(plan.command, hidden=options["quiet"] or options["as_json"]) as bar:
+        report = run(plan, force=options["force"], dry_run=options["dry_run"], progress=bar)
+    show_report(report, as_json=options["as_json"], quiet=options["quiet"], verbose=options["verbose"])
+    if options["push_to_hub"] and not options["dry_run"]:
+        publish(plan.output, options["push_to_hub"], private=options["private"], command=f"ortho {plan.command}")

@@ -1,0 +1,140 @@
+"""The checks of `ortho doctor`: versions, devices, extras, hub, disk, and a second of arithmetic."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["Check", "examine"]
+
+EXTRAS = {
+    "diffusion": ("diffusers", "transformers"),
+    "text": ("transformers", "datasets", "sacrebleu"),
+    "vision": ("datasets", "kornia"),
+    "eval": ("torchmetrics", "cv2"),
+    "test": ("pytest", "hypothesis", "peft"),
+}
+CORE = (
+    "torch", "numpy", "safetensors", "huggingface-hub", "accelerate", "typer", "rich", "pyyaml", "pydantic",
+    "scikit-learn", "matplotlib", "plotly",
+)  # fmt: skip
+OLDEST_TORCH = (2, 10)  # CVE-2026-24747
+LOW_DISK_BYTES = 10 * 10**9  # less does not hold one Stable Diffusion checkpoint and its result
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line: `ok`, `note` (works without), or `broken`."""
+
+    name: str
+    status: str
+    found: str
+    hint: str | None = None
+
+
+def examine(*, reach_hub: bool = True) -> list[Check]:
+    """Run every check, the quick ones first."""
+    return [*_versions(), *_devices(), *_extras(), *_hub(reach_hub), *_disk(), *_arithmetic()]
+
+
+def _versions() -> Iterator[Check]:
+    yield Check("python", "ok", f"{platform.python_version()} ({sys.executable})")
+    for name in CORE:
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            yield Check(name, "broken", "missing", f"pip install {name}")
+            continue
+        old = name == "torch" and tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH
+        yield Check(name, "broken" if old else "ok", version, "pip install 'torch>=2.10'" if old else None)
+
+
+def _devices() -> Iterator[Check]:
+    import torch
+
+    yield Check("threads", "ok", f"{torch.get_num_threads()} of {os.cpu_count()} cores")
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            yield Check(f"cuda:{index}", "ok", f"{properties.name}, {properties.total_memory / 2**30:.0f} GiB")
+    elif torch.backends.mps.is_available():
+        yield Check("device", "ok", "Apple mps")
+    else:
+        yield Check("device", "note", "no GPU: surgery is as fast, training is slow")
+
+
+def _extras() -> Iterator[Check]:
+    for extra, modules in EXTRAS.items():
+        missing = [module for module in modules if importlib.util.find_spec(module) is None]
+        found = f"lacks {', '.join(missing)}" if missing else "installed"
+        yield Check(f"extra [{extra}]", "note" if missing else "ok", found, f"pip install 'ortho-cli[{extra}]'" if missing else None)
+
+
+def _hub(reach: bool) -> Iterator[Check]:
+    from huggingface_hub import HfApi, constants, get_token
+    from huggingface_hub.errors import HfHubHTTPError
+
+    yield Check("hub cache", "ok", str(constants.HF_HUB_CACHE))
+    token = get_token() is not None
+    yield Check("hub token", "ok" if token else "note", "present" if token else "none", None if token else "hf auth login")
+    if constants.HF_HUB_OFFLINE or not reach:
+        yield Check("hub", "note", "not tried: offline", "unset HF_HUB_OFFLINE" if constants.HF_HUB_OFFLINE else None)
+        return
+    import httpx
+
+    try:
+        HfApi().model_info("hf-internal-testing/tiny-random-bert", timeout=5)
+        yield Check("hub", "ok", constants.ENDPOINT)
+    except (HfHubHTTPError, httpx.HTTPError, OSError) as error:
+        yield Check("hub", "note", f"not reached: {type(error).__name__}", "local files work; check proxy and HF_ENDPOINT")
+
+
+def _disk() -> Iterator[Check]:
+    free = shutil.disk_usage(Path.cwd()).free
+    low = free < LOW_DISK_BYTES
+    yield Check("free disk here", "note" if low else "ok", f"{free / 1e9:.1f} GB", "a checkpoint may not fit" if low else None)
+
+
+def _arithmetic() -> Iterator[Check]:
+    """Each numerical backend against its own law, at a size that takes milliseconds."""
+    import torch
+
+    from ortho_cli.linalg.householder import Householder
+    from ortho_cli.linalg.cayley import cayley
+
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(64, 8, generator=generator, dtype=torch.float64)
+    weight = torch.randn(32, 64, generator=generator, dtype=torch.float64)
+    skew = torch.randn(16, 16, generator=generator, dtype=torch.float64)
+    chain = Householder(vectors)
+
+    def reflections() -> float:
+        return float((chain.inverse().apply(chain.apply(weight)) - weight).norm() / weight.norm())
+
+    def rotation() -> float:
+        turned = cayley((skew - skew.T).unsqueeze(0))[0]
+        return float((turned @ turned.T - torch.eye(16, dtype=torch.float64)).norm())
+
+    def decomposition() -> float:
+        u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+        return float((u * s @ vh - weight).norm() / weight.norm())
+
+    def eigen() -> float:
+        gram = weight @ weight.T
+        values, basis = torch.linalg.eigh(gram)
+        return float((basis * values @ basis.T - gram).norm() / gram.norm())
+
+    laws: dict[str, Callable[[], float]] = {
+        "Householder chain": reflections, "Cayley rotation": rotation, "SVD": decomposition, "eigh": eigen,
+    }  # fmt: skip
+    for name, law in laws.items():
+        error = law()
+        fine = error < 1e-10
+        yield Check(f"arithmetic: {name}", "ok" if fine else "broken", f"error {error:.0e}", None if fine else "reinstall torch")

@@ -1,0 +1,74 @@
+"""`ortho merge`: fold adapters into weights."""
+
+from __future__ import annotations
+
+from typing import Annotated, Optional
+
+import typer
+
+from ortho_cli.cli.arguments import gather, required
+from ortho_cli.cli.options import (
+    METHOD, DebugOption, DryRunOption, ForceOption, JsonOption, OutputOption, PrivateOption, PushOption, QuietOption,
+    RecipeOption, SaveRecipeOption, ShardOption, VerboseOption,
+)  # fmt: skip
+
+__all__ = ["merge"]
+
+USAGE = "ortho merge BASE ADAPTER [ADAPTER ...] -o OUT"
+
+
+def merge(
+    ctx: typer.Context,
+    base: Annotated[Optional[str], typer.Argument(metavar="BASE", help="Checkpoint: file, folder or hub id.")] = None,
+    adapters: Annotated[
+        Optional[list[str]],
+        typer.Argument(
+            metavar="[ADAPTER]...", help="Adapters, applied in order; none to fold the one BASE itself holds."
+        ),
+    ] = None,
+    output: OutputOption = None,
+    exact: Annotated[bool, typer.Option("--exact", help="Compute in float64.", rich_help_panel=METHOD)] = False,
+    dtype: Annotated[
+        str,
+        typer.Option(
+            "--dtype", metavar="keep|fp16|bf16|fp32", help="Float type of the whole output.", rich_help_panel=METHOD
+        ),
+    ] = "keep",
+    max_shard_size: ShardOption = None,
+    recipe: RecipeOption = None,
+    save_recipe: SaveRecipeOption = None,
+    force: ForceOption = False,
+    dry_run: DryRunOption = False,
+    push_to_hub: PushOption = None,
+    private: PrivateOption = False,
+    as_json: JsonOption = False,
+    verbose: VerboseOption = False,
+    quiet: QuietOption = False,
+    debug: DebugOption = False,
+) -> None:
+    """Fold adapters of any readable kind into a checkpoint's weights.
+
+    Example: ortho merge v1-5-pruned.safetensors my-hra-adapter -o v1-5-merged.safetensors
+
+    With --force an adapter that is bound to another base is accepted, too.
+    """
+    values = gather(ctx, "merge")
+    required(values, USAGE, "base", "output")
+    from ortho_cli.cli.carry import carry
+
+    def plan() -> object:
+        from ortho_cli.checkpoints.adapters import read_adapter
+        from ortho_cli.checkpoints.store import open_checkpoint
+        from ortho_cli.surgery.merge import plan_merge
+
+        return plan_merge(
+            open_checkpoint(values["base"]),
+            [read_adapter(adapter) for adapter in values["adapters"] or []],
+            values["output"],
+            exact=values["exact"],
+            dtype=values["dtype"],
+            max_shard_size=values["max_shard_size"],
+            force_base=force,
+        )
+
+    carry(ctx, plan)

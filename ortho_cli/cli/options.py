@@ -1,0 +1,53 @@
+"""Options that several verbs share, so that each is spelled and explained once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+__all__ = [
+    "DebugOption", "DryRunOption", "ForceOption", "JsonOption", "OutputOption", "PrivateOption", "PushOption",
+    "QuietOption", "RecipeOption", "SaveRecipeOption", "ShardOption", "VerboseOption",
+]  # fmt: skip
+
+METHOD, TARGETS, OUTPUT = "Method", "Targets", "Output"
+
+OutputOption = Annotated[
+    Optional[Path],
+    typer.Option("-o", "--output", help="What to write: NAME.safetensors or a folder.", rich_help_panel=OUTPUT),
+]
+ForceOption = Annotated[
+    bool, typer.Option("-f", "--force", help="Overwrite the output if it exists.", rich_help_panel=OUTPUT)
+]
+DryRunOption = Annotated[
+    bool, typer.Option("-n", "--dry-run", help="Say what would be written, and stop.", rich_help_panel=OUTPUT)
+]
+ShardOption = Annotated[
+    Optional[str],
+    typer.Option("--max-shard-size", metavar="SIZE", help="Split the output anew, e.g. 5GB.", rich_help_panel=OUTPUT),
+]
+JsonOption = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object instead of a table.", rich_help_panel=OUTPUT)
+]
+VerboseOption = Annotated[bool, typer.Option("-v", "--verbose", help="List every layer.", rich_help_panel=OUTPUT)]
+QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="No table, no progress bar.", rich_help_panel=OUTPUT)]
+DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=OUTPUT)]
+PushOption = Annotated[
+    Optional[str],
+    typer.Option(
+        "--push-to-hub", metavar="ORG/NAME", help="Upload the result to the Hugging Face hub.", rich_help_panel=OUTPUT
+    ),
+]
+PrivateOption = Annotated[
+    bool, typer.Option("--private", help="Make the hub repository private.", rich_help_panel=OUTPUT)
+]
+RecipeOption = Annotated[
+    Optional[str],
+    typer.Option("--recipe", metavar="FILE", help="Take arguments from a recipe; options given here win."),
+]
+SaveRecipeOption = Annotated[
+    Optional[Path],
+    typer.Option("--save-recipe", metavar="FILE", help="Write the recipe that repeats this command."),
+]

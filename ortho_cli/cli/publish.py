@@ -1,0 +1,42 @@
+"""Upload a result to the Hugging Face hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import typer
+
+from ortho_cli.errors import OutputError
+
+__all__ = ["publish"]
+
+
+def publish(output: Path, repo: str, *, private: bool, command: str) -> None:
+    """Create the repository if need be and upload a file or a folder.
+
+    Raises:
+        OutputError: no token, no network, or the hub refused; the local result stays where it is.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    if constants.HF_HUB_OFFLINE:
+        raise OutputError(
+            f"{output} is written; it was not uploaded because HF_HUB_OFFLINE is set",
+            hint=f"unset it and run: hf upload {repo} {output}",
+        )
+    api = HfApi()
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        if output.is_dir():
+            link = api.upload_folder(repo_id=repo, folder_path=output, commit_message=command)
+        else:
+            link = api.upload_file(
+                repo_id=repo, path_or_fileobj=output, path_in_repo=output.name, commit_message=command
+            )
+    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+        raise OutputError(
+            f"{output} is written; the upload to {repo} failed: {str(error).strip().splitlines()[0][:200]}",
+            hint="check your token with ortho doctor (log in with: hf auth login)",
+        ) from error
+    typer.echo(f"uploaded to {link}", err=True)

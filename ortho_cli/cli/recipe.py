@@ -1,0 +1,109 @@
+"""`ortho recipe`: look at recipes, check them, get a schema for an editor, copy one to change it.
+
+stdout is data and nothing else. pydantic and yaml are imported by the functions, so that `--help` stays quick.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ortho_cli.errors import OutputError, RecipeError
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    name="recipe",
+    help="List, show, check and copy recipes.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    add_completion=False,
+)
+
+Name = Annotated[str, typer.Argument(metavar="NAME", help="A shipped recipe's name, or a file.")]
+
+
+@app.command("list")
+def list_recipes(as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False) -> None:
+    """List the shipped recipes: name, what each is for, its command."""
+    from ortho_cli.recipe.shipped import purpose, shipped
+    from ortho_cli.recipe.verbs import command, load_recipe
+
+    rows = [
+        {
+            "name": name,
+            "purpose": purpose(path),
+            "command": command(load_recipe(str(path)).verb, name),
+            "path": str(path),
+        }
+        for name, path in shipped().items()
+    ]
+    if as_json:
+        typer.echo(json.dumps({"schema": 1, "ok": True, "command": "recipe list", "recipes": rows}, indent=2))
+        return
+    width = max((len(row["name"]) for row in rows), default=0)
+    for row in rows:
+        typer.echo(f"{row['name']:{width}}  {row['purpose']}\n{'':{width}}  {row['command']}")
+
+
+@app.command()
+def show(name: Name) -> None:
+    """Print a recipe as YAML with every default filled in."""
+    from ortho_cli.recipe.verbs import load_recipe
+    from ortho_cli.recipe.write import to_yaml
+
+    typer.echo(to_yaml(load_recipe(name).model_dump(by_alias=True)), nl=False)
+
+
+@app.command()
+def check(files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Recipe files or names.")]) -> None:
+    """Check recipes: all errors of all files at once, exit code 3."""
+    from ortho_cli.recipe.verbs import load_recipe
+
+    refused: list[RecipeError] = []
+    for file in files:
+        try:
+            load_recipe(file)
+        except RecipeError as error:
+            refused.append(error)
+        else:
+            typer.echo(f"ok: {file}")
+    if refused:
+        hints = dict.fromkeys(error.hint for error in refused if error.hint)
+        message = "\n".join(error.message for error in refused)
+        raise RecipeError(message, hint="\n".join(hints) or None, where=refused[0].where)
+
+
+@app.command()
+def schema(
+    verb: Annotated[str | None, typer.Option("--verb", help="Only this verb's recipes, e.g. merge.")] = None,
+) -> None:
+    """Print the JSON Schema of recipes, for editors."""
+    from ortho_cli.recipe.verbs import schema as schema_of
+
+    typer.echo(json.dumps(schema_of(verb), indent=2))
+
+
+@app.command()
+def copy(
+    name: Name,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="A file, or a folder to put it in.", show_default="./NAME.yaml"),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", "-f", help="Replace an existing file.")] = False,
+) -> None:
+    """Copy a recipe, comments and all, to change it."""
+    from ortho_cli.recipe.shipped import find
+    from ortho_cli.recipe.write import write_recipe
+
+    source = find(name)
+    target = output or Path(source.name)
+    if target.is_dir():
+        target /= source.name
+    if target.exists() and target.samefile(source):
+        raise OutputError("is the recipe itself", hint="name another file with -o", where=str(target))
+    typer.echo(write_recipe(target, source.read_bytes(), force=force))

@@ -1,0 +1,124 @@
+"""Whole commands, timed in shuffled rounds, with the peak memory the system saw: the measure of `ortho bench`."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ortho_cli.errors import CheckpointError
+
+__all__ = ["Timing", "measure_surgery", "run_rounds"]
+
+COPY = "copy + fsync"
+# Runs in a fresh interpreter, as whoever merges with plain safetensors would write it.
+LOAD_SAVE = (
+    "import sys; from safetensors.torch import load_file, save_file; "
+    "save_file(load_file(sys.argv[1]), sys.argv[2], metadata={'format': 'pt'})"
+)
+COPY_SYNC = (
+    "import os, shutil, sys; shutil.copyfile(sys.argv[1], sys.argv[2]); "
+    "f = os.open(sys.argv[2], os.O_RDWR); os.fsync(f)"
+)
+ORTHO = (sys.executable, "-m", "ortho_cli")
+
+
+@dataclass
+class Timing:
+    """Seconds of each round and the largest peak memory of one command."""
+
+    name: str
+    seconds: list[float] = field(default_factory=list)
+    peak_bytes: int = 0
+    ratio: float = 1.0
+
+    @property
+    def median(self) -> float:
+        """Median seconds."""
+        return statistics.median(self.seconds)
+
+    @property
+    def lowest(self) -> float:
+        """Fastest round."""
+        return min(self.seconds)
+
+    @property
+    def highest(self) -> float:
+        """Slowest round."""
+        return max(self.seconds)
+
+    def as_dict(self) -> dict[str, object]:
+        """For `--json`."""
+        return {"name": self.name, "median_seconds": self.median, "ratio": self.ratio, "seconds": self.seconds,
+                "peak_bytes": self.peak_bytes}  # fmt: skip
+
+
+def measure_surgery(
+    checkpoint: Path, *, rounds: int, targets: Sequence[str] = (), folder: Path | None = None
+) -> list[Timing]:
+    """Time `add-hra` (both forms), `merge` and `inspect` against a copy of the file and against load + save.
+
+    Raises:
+        CheckpointError: not a single safetensors file.
+    """
+    if checkpoint.suffix != ".safetensors" or not checkpoint.is_file():
+        raise CheckpointError(f"{checkpoint} is not a .safetensors file", hint="ortho bench surgery FILE.safetensors")
+    choice = [word for target in targets for word in ("--targets", target)]
+    with tempfile.TemporaryDirectory(dir=folder or checkpoint.absolute().parent, prefix=".ortho-bench-") as scratch:
+        place = Path(scratch)
+        out, adapter, source = str(place / "out.safetensors"), str(place / "adapter"), str(checkpoint)
+        _once([*ORTHO, "add-hra", source, "-o", adapter, "-q", *choice])
+        commands = {
+            COPY: [sys.executable, "-c", COPY_SYNC, source, out],
+            "import torch": [sys.executable, "-c", "import torch"],
+            "ortho inspect": [*ORTHO, "inspect", source],
+            "ortho add-hra --as adapter": [*ORTHO, "add-hra", source, "-o", str(place / "folder"), "-q", *choice],
+            "ortho add-hra --as checkpoint": [*ORTHO, "add-hra", source, "-o", out, "-q", *choice],
+            "ortho merge": [*ORTHO, "merge", source, adapter, "-o", out, "-q"],
+            "load_file + save_file": [sys.executable, "-c", LOAD_SAVE, source, out],
+        }
+        return run_rounds(commands, rounds, [Path(out), place / "folder"])
+
+
+def run_rounds(commands: dict[str, list[str]], rounds: int, outputs: Sequence[Path]) -> list[Timing]:
+    """Run every command `rounds` times in shuffled order; ratios are against the first one's median.
+
+    Outputs are removed and the disk is settled before each run, so that none pays for the one before it.
+    """
+    timings = {name: Timing(name) for name in commands}
+    order = random.Random(0)
+    for _ in range(rounds):
+        for name in order.sample(list(commands), len(commands)):
+            for output in outputs:
+                shutil.rmtree(output, ignore_errors=True) if output.is_dir() else output.unlink(missing_ok=True)
+            os.sync()
+            seconds, peak = _once(commands[name])
+            timings[name].seconds.append(seconds)
+            timings[name].peak_bytes = max(timings[name].peak_bytes, peak)
+    first = next(iter(timings.values())).median
+    for timing in timings.values():
+        timing.ratio = timing.median / first
+    return list(timings.values())
+
+
+def _once(command: Sequence[str]) -> tuple[float, int]:
+    """Wall seconds and peak resident bytes of one command; its failure is ours."""
+    started = time.perf_counter()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    assert process.stderr is not None
+    talk = process.stderr.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    process.stderr.close()
+    seconds = time.perf_counter() - started
+    if process.returncode:
+        raise CheckpointError(f"{' '.join(command[:4])} failed: {talk.decode(errors='replace').strip()[-300:]}")
+    return seconds, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -1,0 +1,225 @@
+"""The schema of the recipes for checkpoint verbs: `version: 1`, `verb: merge`, then that verb's arguments and options.
+
+One class a verb; its fields are the verb's arguments and long options, with `_` for `-`. A new verb is one class and
+one line in `VERBS`. What depends on a checkpoint (does a layer exist, is a rank too large) is the verb's to say.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Mapping
+from functools import reduce
+from operator import or_
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter
+
+from ortho_cli.errors import RecipeError, UsageError
+from ortho_cli.recipe.explain import listed, nearest
+from ortho_cli.recipe.load import read_recipe, validate
+from ortho_cli.recipe.parse import Positions, Problem, parse_yaml, refusal
+from ortho_cli.recipe.shipped import find
+from ortho_cli.recipe.write import to_yaml, write_recipe
+
+__all__ = [
+    "VERBS", "Adapter", "AddHRA", "Convert", "Merge", "VerbRecipe", "command", "load_recipe", "load_verb", "save_verb",
+    "schema",
+]  # fmt: skip
+
+VERSION = 1
+
+
+def _known_version(version: int) -> int:
+    if version != VERSION:
+        raise ValueError(f"version {version} is not known; this ortho reads version {VERSION}")
+    return version
+
+
+def _pattern_rank(text: str) -> str:
+    if not re.fullmatch(r".+=[1-9][0-9]*", text):
+        raise ValueError(f"expected a rank or 'pattern=rank', found {text!r}")
+    return text
+
+
+Text = Annotated[str, Field(min_length=1)]
+# Not Literal[1]: that takes `true` and `1.0` for 1, strict or not.
+Version = Annotated[
+    int,
+    AfterValidator(_known_version),
+    Field(description="Version of this format.", json_schema_extra={"const": VERSION}),
+]
+Rank = Annotated[int, Field(ge=1)]
+PatternRank = Annotated[str, AfterValidator(_pattern_rank)]
+ShardSize = Annotated[Text | None, Field(description="Split larger outputs into files of at most this size, e.g. 5GB.")]
+Output = Annotated[Text | None, Field(description="The file or folder to write.")]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class VerbRecipe(_Section):
+    """What every verb's recipe has."""
+
+    version: Version
+    verb: str
+
+
+class AddHRA(VerbRecipe):
+    """Put Householder adapters (HRA) into a checkpoint."""
+
+    verb: Literal["add-hra"]
+    checkpoint: Text = Field(description="The checkpoint to adapt: a file, a folder or a hub id.")
+    output: Output = None
+    rank: Rank | Annotated[list[Rank | PatternRank], Field(min_length=1)] = Field(
+        default=8,
+        description="Reflections a layer; in a list, 'pattern=rank' speaks for some layers and the last wins.",
+    )
+    targets: list[Text] | None = Field(
+        default=None, description="Patterns of layer names, or a preset's name; null: the preset of the architecture."
+    )
+    exclude: list[Text] = Field(default=[], description="Patterns of layers to leave alone.")
+    as_: Literal["adapter", "checkpoint"] | None = Field(
+        default=None, alias="as", description="A PEFT folder or a whole checkpoint; null: by the output's suffix."
+    )
+    layout: Literal["keep", "hra-repo"] = Field(
+        default="keep", description="hra-repo adds what the HRA authors' strict loader wants (SD1.5 LDM files only)."
+    )
+    gram_schmidt: bool = Field(default=False, description="Orthonormalise the reflections (the paper's variant).")
+    ema: Literal["use", "keep", "drop"] | None = Field(
+        default=None, description="What happens to model_ema.*; null: drop with hra-repo, else keep."
+    )
+    seed: int = Field(default=0, description="Of the adapter's random start.")
+    max_shard_size: ShardSize = None
+
+
+class Adapter(_Section):
+    """One adapter of a merge."""
+
+    path: Text = Field(description="A PEFT folder or an adapter file of any readable dialect.")
+
+
+class Merge(VerbRecipe):
+    """Fold adapters into the weights of their base."""
+
+    verb: Literal["merge"]
+    base: Text = Field(description="The checkpoint to fold into.")
+    adapters: list[Adapter] = Field(default=[], description="Folded in this order; none: the HRA that the base holds.")
+    output: Output = None
+    exact: bool = Field(default=False, description="Compute in float64 instead of float32.")
+    dtype: Literal["keep", "fp16", "bf16", "fp32"] = Field(default="keep", description="Type of the written weights.")
+    max_shard_size: ShardSize = None
+
+
+class Convert(VerbRecipe):
+    """Write an adapter or a checkpoint in another format."""
+
+    verb: Literal["convert"]
+    input: Text = Field(description="The adapter or checkpoint to convert.")
+    output: Output = None
+    to: Literal[
+        "peft-hra", "peft-lora", "kohya-lora", "diffusers-lora", "hra-repo", "ldm", "diffusers", "base", "safetensors"
+    ] = Field(description="The format to write.")
+    base: Text | None = Field(default=None, description="The base of the adapter, where the format needs its weights.")
+
+
+VERBS: dict[str, type[VerbRecipe]] = {"add-hra": AddHRA, "merge": Merge, "convert": Convert}
+
+
+def load_recipe(name_or_path: str) -> VerbRecipe:
+    """Read and check any recipe, with every default filled in.
+
+    Raises:
+        RecipeError: no such recipe, or all that is wrong with it.
+    """
+    path = find(name_or_path)
+    data, positions = read_recipe(path)
+    return _check(data, positions, path)
+
+
+def load_verb(name_or_path: str, verb: str) -> dict[str, object]:
+    """Read a recipe for one verb: only the keys that it gives, so that the command line and defaults can fill the rest.
+
+    Returns:
+        The verb's options by their recipe keys (`as`, `max_shard_size`), without `version` and `verb`.
+
+    Raises:
+        RecipeError: no such recipe, one for another verb, or all that is wrong with it.
+    """
+    path = find(name_or_path)
+    data, positions = read_recipe(path)
+    other = data.get("verb")
+    if other in VERBS and other != verb:
+        raise RecipeError(
+            f"this recipe is for `ortho {other}`, not for `ortho {verb}`",
+            hint=f"ortho {other} --recipe {shlex.quote(name_or_path)}",
+            where=f"{path}:{positions.place(('verb',)).value}",
+        )
+    given = _check(data, positions, path).model_dump(by_alias=True, exclude_unset=True)
+    return {key: value for key, value in given.items() if key not in VerbRecipe.model_fields}
+
+
+def save_verb(path: str | PathLike[str], verb: str, options: Mapping[str, object], *, force: bool = False) -> Path:
+    """Write the recipe that repeats a command; reading it back gives the same options.
+
+    Args:
+        path: the YAML file to write.
+        verb: a key of `VERBS`.
+        options: by recipe keys; paths are written as text, tuples as lists.
+        force: replace an existing file.
+
+    Raises:
+        OutputError: the file exists or cannot be written.
+        RecipeError: the options do not fit the verb's schema.
+    """
+    recipe = Path(path)
+    data: dict[str, object] = {"version": VERSION, "verb": verb, **{key: _plain(options[key]) for key in options}}
+    text = f"# The same again:     {command(verb, shlex.quote(recipe.name))}\n{to_yaml(data)}"
+    # Read before it is written: what YAML or the schema cannot carry is refused now, not when it is needed.
+    _check(*parse_yaml(text, str(recipe)), recipe)
+    return write_recipe(recipe, text.encode(), force=force)
+
+
+def command(verb: str, name: str) -> str:
+    """The command line that runs a recipe."""
+    return f"ortho {verb} --recipe {name}"
+
+
+def schema(verb: str | None = None) -> dict[str, Any]:
+    """The JSON Schema of one verb's recipes, or of all, for editors.
+
+    Raises:
+        UsageError: no such verb.
+    """
+    if verb is None:
+        union: Any = reduce(or_, VERBS.values())
+        found = TypeAdapter(Annotated[union, Field(discriminator="verb")]).json_schema()
+    elif verb in VERBS:
+        found = VERBS[verb].model_json_schema()
+    else:
+        raise UsageError(f"no verb '{verb}' has recipes{nearest(verb, VERBS)}", hint=f"one of {listed(VERBS)}")
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **found}
+
+
+def _check(data: dict[str, object], positions: Positions, path: Path) -> VerbRecipe:
+    """The recipe as an instance of the class that its key `verb` names."""
+    verb = data.get("verb")
+    if not isinstance(verb, str) or verb not in VERBS:
+        here = positions.place(("verb",))
+        found = f"'{verb}' is none of" if "verb" in data else "missing; one of"
+        reason = f"{found} {listed(VERBS)}{nearest(str(verb), VERBS)}"
+        raise refusal(str(path), [*positions.problems, Problem(here.value, "verb", reason)])
+    hint = f"all keys: ortho recipe schema --verb {verb}"
+    return validate(VERBS[verb], data, positions, path, hint=hint)
+
+
+def _plain(value: object) -> object:
+    """A value as YAML data."""
+    if isinstance(value, PathLike):
+        return fspath(value)
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

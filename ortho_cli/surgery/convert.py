@@ -1,0 +1,77 @@
+"""Convert adapters and checkpoints between the forms that tools read; the front door of the conversions."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ortho_cli.checkpoints.adapters import read_adapter
+from ortho_cli.checkpoints.store import open_checkpoint
+from ortho_cli.errors import UsageError
+from .convert_adapter import ADAPTER_DIALECTS, plan_convert_adapter
+from .convert_checkpoint import (
+    CHECKPOINT_FORMS,
+    open_base,
+    plan_base,
+    plan_diffusers,
+    plan_hra_repo,
+    plan_ldm,
+    plan_safetensors,
+)
+from .mirror import check_output_name
+from .plan import Plan, Progress, Report, run
+
+__all__ = ["FORMS", "convert", "plan_convert"]
+
+FORMS = (*ADAPTER_DIALECTS, "hra-repo", *CHECKPOINT_FORMS)
+
+
+def convert(
+    source: str | Path,
+    output: str | Path,
+    to: str,
+    *,
+    base: str | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Write an adapter or a checkpoint in another form; everything is exact or refused.
+
+    Args:
+        source: an adapter (any dialect) or a checkpoint.
+        output: a file or a folder, as the form wants.
+        to: ``peft-hra``, ``peft-lora``, ``kohya-lora``, ``diffusers-lora`` for adapters; ``hra-repo`` (adapter and
+            base as the HRA authors' checkpoint); ``ldm``, ``diffusers`` (SD1.5), ``base`` (take an adapter out),
+            ``safetensors`` for checkpoints.
+        base: the adapter's base (HRA to LoRA needs its weights), or where a diffusers folder's tokenizer comes from.
+        force: overwrite, and accept a base whose fingerprint differs.
+        dry_run: plan only.
+        progress: told of every byte.
+
+    Returns:
+        The report.
+
+    Raises:
+        TargetError: there is no exact form.
+        CheckpointError: unreadable, or another base.
+        OutputError: see `plan.run`.
+    """
+    plan = plan_convert(source, Path(output), to, base=base, force_base=force)
+    return run(plan, force=force, dry_run=dry_run, progress=progress)
+
+
+def plan_convert(
+    source: str | Path, output: Path, to: str, *, base: str | None = None, force_base: bool = False
+) -> Plan:
+    """Plan `convert` from headers alone; arguments as there."""
+    if to not in FORMS:
+        raise UsageError(f"unknown form {to!r}", hint=f"one of {', '.join(FORMS)}")
+    check_output_name(output)
+    if to in ADAPTER_DIALECTS:
+        return plan_convert_adapter(read_adapter(source), output, to, open_base(base), force_base=force_base)
+    if to == "hra-repo":
+        return plan_hra_repo(Path(source), output, open_base(base))
+    if to == "diffusers":
+        return plan_diffusers(open_checkpoint(source), output, base)
+    plans = {"ldm": plan_ldm, "base": plan_base, "safetensors": plan_safetensors}
+    return plans[to](open_checkpoint(source), output)

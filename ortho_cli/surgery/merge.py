@@ -1,0 +1,287 @@
+"""Fold adapters into the weights they belong to, streaming: one block of rows in memory, the rest copied as bytes.
+
+Arithmetic is float32 (float64 with `exact`) and is cast once, at the end. Adapters act in the order given; the base's
+layout, sharding and small files are kept.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from ortho_cli.checkpoints import layouts
+from ortho_cli.checkpoints.adapters import Adapter, base_bound, read_adapter
+from ortho_cli.checkpoints.fingerprint import base_fingerprint
+from ortho_cli.checkpoints.reading import BLOCK_BYTES
+from ortho_cli.checkpoints.store import Checkpoint, open_checkpoint, read_json
+from ortho_cli.checkpoints.tensors import FLOAT_DTYPES, TensorInfo
+from ortho_cli.checkpoints.writer import Piece, computed, copied
+from ortho_cli.errors import CheckpointError, UsageError
+from .fold import AddTo, Fold, Operate, Replace, ReplaceRows, Step, cast_blocks
+from .hra_repo import has_hra
+from .mirror import mirror, parse_size
+from .plan import Plan, Progress, Report, provenance, run
+
+__all__ = ["check_base", "merge", "plan_merge"]
+
+# Kinds whose operators act on any block of rows.
+_BY_ROWS = ("hra", "lora", "loha", "replaced")
+DTYPES = {"keep": None, "fp16": "F16", "bf16": "BF16", "fp32": "F32"}
+
+
+def merge(
+    base: str | Path,
+    adapters: Sequence[str | Path] = (),
+    output: str | Path = "",
+    *,
+    exact: bool = False,
+    dtype: str = "keep",
+    max_shard_size: str | None = None,
+    force: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> Report:
+    """Write a checkpoint with adapters folded into its weights.
+
+    Args:
+        base: any checkpoint argument.
+        adapters: any readable adapters, applied in order; none to fold the Householder adapter ``base`` itself holds.
+        output: ``X.safetensors`` or a folder like the base's.
+        exact: compute in float64.
+        dtype: ``keep``, ``fp16``, ``bf16`` or ``fp32`` for every float tensor of the output.
+        max_shard_size: split the output anew, e.g. ``5GB``.
+        force: overwrite, and merge a base-bound adapter into another base.
+        dry_run: plan only.
+        progress: told of every byte.
+
+    Returns:
+        The report: for each layer the relative change ``||W' - W||_F / ||W||_F`` and the largest rotation angle.
+
+    Raises:
+        CheckpointError: an adapter's layer is not in the base, has another shape, or is bound to another base.
+        NumericsError: a merged weight is not finite.
+        OutputError: see `plan.run`.
+
+    Cost: the changed weights are read, multiplied (``4 out in r`` FLOPs a layer) and written; the rest is copied.
+    """
+    opened = open_checkpoint(base)
+    found = [read_adapter(adapter) for adapter in adapters]
+    plan = plan_merge(
+        opened, found, Path(output), exact=exact, dtype=dtype, max_shard_size=max_shard_size, force_base=force
+    )
+    return run(plan, force=force, dry_run=dry_run, progress=progress)
+
+
+def plan_merge(
+    base: Checkpoint,
+    adapters: Sequence[Adapter],
+    output: Path,
+    *,
+    exact: bool = False,
+    dtype: str = "keep",
+    max_shard_size: str | None = None,
+    force_base: bool = False,
+) -> Plan:
+    """Plan `merge` from headers alone (and 8 kB a layer for the base's fingerprint); arguments as there."""
+    if dtype not in DTYPES:
+        raise UsageError(f"unknown dtype {dtype!r}", hint=f"one of {', '.join(DTYPES)}")
+    own = has_hra(base)
+    if own and adapters:
+        raise UsageError(
+            f"{base.root.name} holds an adapter of its own", hint=f"fold it first: ortho merge {base.root.name} -o FOLDED"
+        )
+    if not own and not adapters:
+        raise UsageError(f"no adapter given, and {base.root.name} holds none", hint="ortho merge BASE ADAPTER -o OUT")
+    folded = [read_adapter(base.root)] if own else list(adapters)
+    changes = _changes(base, folded, force_base)
+    cast = DTYPES[dtype]
+    details: list[dict[str, Any]] = []
+
+    def transform(name: str, info: TensorInfo) -> Sequence[Piece]:
+        if own and name.endswith(".hra_u"):
+            return []
+        plain = name.replace(".fixed_linear.", ".") if own else name
+        target = cast if cast and info.dtype in FLOAT_DTYPES else info.dtype
+        if name in changes.steps:
+            fold = Fold(info, changes.steps[name], target, exact, _detail(plain, info, changes.steps[name]))
+            details.append(fold.detail)
+            return [computed(plain, target, fold.shape, fold.produce)]
+        if target != info.dtype:
+            return [computed(plain, target, info.shape, lambda: cast_blocks(info, target))]
+        return [copied(info, plain)]
+
+    adapter_names = [] if own else [adapter.source.rstrip("/") for adapter in adapters]
+    options = {"exact": exact, "dtype": None if dtype == "keep" else dtype}
+    metadata = provenance("merge", [base.source.rstrip("/"), *adapter_names], options)
+    limit = parse_size(max_shard_size) if max_shard_size else None
+    extra = [copied(info, name) for name, info in changes.new.items()]
+    written = mirror(base, output, transform, metadata, extra=extra, max_shard_bytes=limit)
+    plan = Plan("merge", input_files(base, folded), output, written.files, copies=written.copies, texts=written.texts)
+    plan.details = [detail for detail in details if detail["kind"] != "replaced"]
+    plan.layers = len(plan.details)
+    plan.parameters = sum(detail["parameters"] for detail in plan.details)
+    plan.notes = [*base.notes, *changes.notes]
+    plan.totals = {
+        "adapters": [adapter.kind for adapter in folded],
+        "arithmetic": "float64" if exact else "float32",
+        "replaced": len(details) - len(plan.details) + len(changes.new),
+    }
+    # A block, its upcast copy, two products and the result; rotations in blocks need the largest matrix whole.
+    largest = max([prod(detail["shape"]) * 4 for detail in details if detail["kind"] not in _BY_ROWS], default=0)
+    plan.working_bytes = 5 * max(BLOCK_BYTES, largest) * (2 if exact else 1)
+    ema = sum(name.startswith("model_ema.") for name in base.tensors)
+    if ema > 2:  # two counters stand even in files without EMA weights
+        plan.notes.append(f"EMA: {ema} model_ema tensors are left as they are; only the model's own weights are merged")
+    _fit_vocabulary(plan, base, changes)
+    return plan
+
+
+@dataclass
+class _Changes:
+    """Native tensor name -> its steps; tensors the base lacks; and what the report should say."""
+
+    steps: dict[str, list[Step]] = field(default_factory=dict)
+    new: dict[str, TensorInfo] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def _changes(base: Checkpoint, adapters: Sequence[Adapter], force_base: bool) -> _Changes:
+    """Resolve every adapter's names in the base, check shapes and fingerprints, and line the steps up."""
+    changes = _Changes()
+    index = layouts.LayerIndex(base.layers(), base.layout)
+    for adapter in adapters:
+        changes.notes += adapter.notes
+        native = index.resolve_all(list(adapter.layers))
+        check_base(base, adapter, native, force_base, changes.notes.append)
+        names = _tensor_names(base, index, adapter)
+        for name, info in adapter.replacements.items():
+            if name in names:
+                _push(changes, names[name], Replace(info))
+            else:
+                changes.new[name] = info
+                changes.notes.append(f"{name} is not in the base and was added from the adapter")
+        for name, (rows, info) in adapter.row_replacements.items():
+            _push(changes, _found(names, name, adapter), ReplaceRows(rows, info))
+        for layer in adapter.layers:
+            _push(changes, base.weight(native[layer]).name, Operate(adapter, layer))
+        for name, addition in adapter.additions.items():
+            _push(changes, _found(names, name, adapter), AddTo(addition))
+    return changes
+
+
+def _push(changes: _Changes, name: str, step: Step) -> None:
+    changes.steps.setdefault(name, []).append(step)
+
+
+def _tensor_names(base: Checkpoint, index: layouts.LayerIndex, adapter: Adapter) -> dict[str, str]:
+    """Names of whole tensors an adapter brings -> names in the base, for those the base has."""
+    everything = layouts.LayerIndex({name.rpartition(".")[0] for name in base.tensors}, base.layout)
+    found = {}
+    for name in (*adapter.replacements, *adapter.row_replacements, *adapter.additions):
+        module, _, kind = name.rpartition(".")
+        native = everything.resolve(module)
+        for candidate in (f"{native}.{kind}", f"{native}.fixed_linear.{kind}"):
+            if native is not None and candidate in base.tensors:
+                found[name] = candidate
+                break
+    return found
+
+
+def _found(names: dict[str, str], name: str, adapter: Adapter) -> str:
+    if name not in names:
+        raise CheckpointError(f"the adapter changes {name}, which is not in the base", where=str(adapter.path))
+    return names[name]
+
+
+def check_base(
+    base: Checkpoint,
+    adapter: Adapter,
+    native: dict[str, str],
+    force: bool,
+    note: Callable[[str], None],
+) -> None:
+    """Refuse layers that do not fit, and a base-bound adapter on another base (`force` turns that into a note).
+
+    Args:
+        base: the checkpoint to change.
+        adapter: what will act on it.
+        native: the adapter's layers -> the base's.
+        force: accept another base.
+        note: receives what the report should say.
+
+    Raises:
+        CheckpointError: a shape does not fit, or the base's fingerprint is not the one the adapter was made for.
+    """
+    resized = {name.rpartition(".")[0]: info.shape for name, info in adapter.replacements.items()}
+    for name, layer in adapter.layers.items():
+        reason = layer.expects(resized.get(name, base.weight(native[name]).shape))
+        if reason is not None:
+            raise CheckpointError(
+                f"layer {name} of the adapter does not fit {base.root.name}: {reason}",
+                hint="was it trained on another model? compare: ortho inspect ADAPTER --layers",
+                where=str(adapter.path),
+            )
+    recorded = adapter.metadata.get("ortho.base_fingerprint")
+    bound = base_bound(adapter)
+    if recorded is None:
+        if bound:
+            note(f"{adapter.path.name} is right on its own base only, and does not say which that is")
+        return
+    if recorded == base_fingerprint(base, native.values()):
+        return
+    if bound and not force:
+        raise CheckpointError(
+            f"{adapter.path.name} is only right on the base it was made for; {base.root.name} is another "
+            f"(fingerprint differs from {recorded[:16]})",
+            hint="merge it into its own base, or accept the error with --force",
+            where=str(adapter.path),
+        )
+    note(
+        f"{adapter.path.name} was made for another base"
+        + (" (forced)" if bound else "; a rotation and an ordinary LoRA act on any fine-tune of it")
+    )
+
+
+def input_files(base: Checkpoint, adapters: Iterable[Adapter] = ()) -> list[Path]:
+    """Every file a plan reads."""
+    paths = [file.path for file in base.files]
+    for adapter in adapters:
+        tensors = [info for layer in adapter.layers.values() for info in layer.tensors.values()]
+        paths += sorted({info.path for info in (*tensors, *adapter.replacements.values())})
+    return list(dict.fromkeys(paths))
+
+
+def _detail(name: str, info: TensorInfo, steps: Sequence[Step]) -> dict[str, Any]:
+    acting = [step.adapter.layers[step.layer] for step in steps if isinstance(step, Operate)]
+    ranks = [layer.rank for layer in acting if layer.rank is not None]
+    return {
+        "name": name.removesuffix(".weight"),
+        "shape": list(info.shape),
+        "dtype": info.dtype,
+        "kind": "+".join(layer.kind for layer in acting) or "replaced",
+        "rank": sum(ranks) if ranks else None,
+        "parameters": sum(layer.parameters for layer in acting),
+    }
+
+
+def _fit_vocabulary(plan: Plan, base: Checkpoint, changes: _Changes) -> None:
+    """Give the written config the number of tokens of embeddings that an adapter resized."""
+    sizes = {
+        (step.value.shape[0], base.tensors[name].shape[0])
+        for name, steps in changes.steps.items()
+        for step in steps
+        if isinstance(step, Replace) and step.value.shape != base.tensors[name].shape
+    }
+    source = next((path for path, relative in plan.copies if relative == "config.json"), None)
+    if len(sizes) != 1 or source is None:
+        return
+    new, old = sizes.pop()
+    config = read_json(source)
+    if config.get("vocab_size") == old:
+        plan.copies = [(path, relative) for path, relative in plan.copies if relative != "config.json"]
+        plan.texts["config.json"] = json.dumps({**config, "vocab_size": new}, indent=2) + "\n"
+        plan.notes.append(f"vocab_size in config.json is now {new:,} (was {old:,}): the adapter resized the embeddings")

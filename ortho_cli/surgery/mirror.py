@@ -1,0 +1,204 @@
+"""Write a checkpoint like another: same folders, same shards, same small files; only chosen tensors differ.
+
+A pickled base comes out as safetensors under the names its library expects; shards stay as they were unless another
+size is asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ortho_cli.checkpoints.index import index_names
+from ortho_cli.checkpoints.store import PICKLE_SUFFIXES, WEIGHT_SUFFIXES, Checkpoint, WeightFile
+from ortho_cli.checkpoints.tensors import TensorInfo
+from ortho_cli.checkpoints.writer import Piece
+from ortho_cli.errors import UsageError
+from .plan import OutputFile
+
+__all__ = ["Mirror", "check_output_name", "mirror", "parse_size"]
+
+Transform = Callable[[str, TensorInfo], Sequence[Piece]]
+# The same weights in other frameworks' formats: stale after surgery, so they stay behind.
+FOREIGN_WEIGHTS = (".h5", ".msgpack", ".onnx", ".ot", ".gguf", ".tflite", ".npz", ".mlmodel", ".onnx_data")
+UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
+
+
+@dataclass(frozen=True)
+class Mirror:
+    """The files of an output that follows a base."""
+
+    files: list[OutputFile]
+    copies: list[tuple[Path, str]]
+    texts: dict[str, str]
+
+
+def check_output_name(output: Path) -> None:
+    """Refuse outputs that would have to be pickles.
+
+    Raises:
+        UsageError: the name ends in `.ckpt`, `.bin`, `.pt` or `.pth`.
+    """
+    if output.suffix in PICKLE_SUFFIXES:
+        raise UsageError(
+            f"ortho does not write {output.suffix} files: pickles can run code",
+            hint=f"use -o {output.with_suffix('.safetensors').name}",
+        )
+
+
+def parse_size(text: str) -> int:
+    """Bytes of `5GB`, `200MB`, `4096`.
+
+    >>> parse_size("1.5GB")
+    1500000000
+    """
+    upper = text.strip().upper()
+    for unit, factor in UNITS.items():
+        if upper.endswith(unit):
+            number, scale = upper.removesuffix(unit), factor
+            break
+    else:
+        number, scale = upper, 1
+    try:
+        size = int(float(number) * scale)
+    except ValueError:
+        size = 0
+    if size <= 0:
+        raise UsageError(f"not a size: {text!r}", hint="write it as 5GB or 500MB")
+    return size
+
+
+def mirror(
+    base: Checkpoint,
+    output: Path,
+    transform: Transform,
+    metadata: dict[str, str],
+    *,
+    extra: Sequence[Piece] = (),
+    max_shard_bytes: int | None = None,
+) -> Mirror:
+    """Lay out an output like `base`, each tensor passed through `transform`.
+
+    Args:
+        base: the checkpoint to follow.
+        output: `X.safetensors` for one file, any other name for a folder.
+        transform: full tensor name and place -> the pieces that stand for it (none to drop it, several to add).
+        metadata: added to each file's own metadata.
+        extra: pieces that belong to no tensor of the base; they join the first file.
+        max_shard_bytes: split anew, greedily in file order, instead of keeping the base's shards.
+
+    Raises:
+        UsageError: one file was asked for and the base is a pipeline of several components.
+    """
+    check_output_name(output)
+    produced = [(file, [piece for name in file.tensors for piece in transform(name, base.tensors[name])]) for file in base.files]
+    produced[0][1].extend(extra)
+    if output.suffix == ".safetensors":
+        if base.kind == "pipeline":
+            raise UsageError(
+                f"{base.root.name} is a pipeline of several components and cannot be one file in its own naming",
+                hint=f"give a folder: -o {output.with_suffix('').name}; or first: ortho convert {base.root.name} --to ldm",
+            )
+        pieces = [piece for _, found in produced for piece in found]
+        return Mirror([OutputFile("", pieces, _metadata(base.metadata, metadata))], [], {})
+    texts: dict[str, str] = {}
+    files: list[OutputFile] = []
+    for group in _groups(produced):
+        files += _component_files(group, metadata, max_shard_bytes, texts)
+    return Mirror(files, _small_files(base), texts)
+
+
+def _groups(produced: list[tuple[WeightFile, list[Piece]]]) -> list[list[tuple[WeightFile, list[Piece]]]]:
+    components = dict.fromkeys(file.component for file, _ in produced)
+    return [[item for item in produced if item[0].component == component] for component in components]
+
+
+def _component_files(
+    group: list[tuple[WeightFile, list[Piece]]], metadata: dict[str, str], limit: int | None, texts: dict[str, str]
+) -> list[OutputFile]:
+    """The weight files of one component, and its index when they are several."""
+    first = group[0][0]
+    folder = first.relative.rpartition("/")[0]
+    prefix = f"{folder}/" if folder else ""
+    stem = _stem(first)
+    named = [(_safetensors_name(file), _local(pieces, file.component), file.metadata) for file, pieces in group]
+    if limit is not None:
+        pieces = [piece for _, found, _ in named for piece in found]
+        shards = _split(pieces, limit)
+        own = {key: value for file, _ in group for key, value in file.metadata.items()}
+        count = len(shards)
+        named = [
+            (f"{stem}.safetensors" if count == 1 else f"{stem}-{number:05d}-of-{count:05d}.safetensors", shard, own)
+            for number, shard in enumerate(shards, 1)
+        ]
+    if len(named) > 1:
+        weight_map = {piece.name: name for name, pieces, _ in named for piece in pieces}
+        total = sum(piece.nbytes for _, pieces, _ in named for piece in pieces)
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+        variant = re.search(r"\.([^.-]+)-\d{5}-of-", named[0][0])
+        texts[prefix + index_names(stem, variant[1] if variant else None)[0]] = json.dumps(index, indent=2) + "\n"
+    return [OutputFile(prefix + name, pieces, _metadata(own, metadata)) for name, pieces, own in named]
+
+
+def _local(pieces: Iterable[Piece], component: str) -> list[Piece]:
+    """Pieces under the names they have inside their component's own file."""
+    if not component:
+        return list(pieces)
+    return [
+        Piece(piece.name.removeprefix(f"{component}."), piece.dtype, piece.shape, piece.source, piece.produce)
+        for piece in pieces
+    ]
+
+
+def _stem(file: WeightFile) -> str:
+    """`model` or `diffusion_pytorch_model`: what the shards of a folder are called."""
+    name = _safetensors_name(file)
+    for known in ("diffusion_pytorch_model", "model"):
+        if name.startswith(known):
+            return known
+    return "model"
+
+
+def _safetensors_name(file: WeightFile) -> str:
+    """The file's name in the output: its own, without variant, or the safetensors name a pickle's library expects."""
+    if not file.relative:
+        return "model.safetensors"
+    name = Path(file.relative).name
+    if file.format == "pickle":
+        return name.rpartition(".")[0].replace("pytorch_model", "model", name.startswith("pytorch_model")) + ".safetensors"
+    return name
+
+
+def _split(pieces: Sequence[Piece], limit: int) -> list[list[Piece]]:
+    shards: list[list[Piece]] = [[]]
+    filled = 0
+    for piece in pieces:
+        if shards[-1] and filled + piece.nbytes > limit:
+            shards.append([])
+            filled = 0
+        shards[-1].append(piece)
+        filled += piece.nbytes
+    return shards
+
+
+def _small_files(base: Checkpoint) -> list[tuple[Path, str]]:
+    """Configurations, tokenizers and cards that travel along: everything but weights, their indices and hidden files."""
+    if base.kind == "file" or not base.root.is_dir():
+        return []
+    found = []
+    for path in sorted(base.root.rglob("*")):
+        relative = path.relative_to(base.root)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        if hidden or not path.is_file() or path.suffix in (*WEIGHT_SUFFIXES, *FOREIGN_WEIGHTS):
+            continue
+        if ".index." in path.name and path.suffix == ".json":
+            continue
+        found.append((path, relative.as_posix()))
+    return found
+
+
+def _metadata(own: dict[str, str], ours: dict[str, str]) -> dict[str, str]:
+    return {"format": "pt", **{key: value for key, value in own.items() if not key.startswith("ortho.")}, **ours}

@@ -1,0 +1,207 @@
+"""Plan and report: what a verb will write, known from headers alone, and what it did.
+
+Every verb on files is the same two steps: a `plan_*` function that touches no tensor, and `run`, which carries any
+plan out. `--dry-run` stops between them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from ortho_cli import __version__
+from ortho_cli.checkpoints.output import atomic, check_output
+from ortho_cli.checkpoints.reading import BLOCK_BYTES
+from ortho_cli.checkpoints.writer import Piece, file_bytes, write_file
+
+__all__ = ["OutputFile", "Plan", "Progress", "Report", "provenance", "run"]
+
+INTERPRETER_BYTES = 240 * 2**20  # Python with torch, before any tensor
+
+
+class Progress(Protocol):
+    """What `run` tells while it works; the command line draws a bar from it."""
+
+    def start(self, total_bytes: int) -> None:
+        """The plan's size, once."""
+
+    def advance(self, count: int) -> None:
+        """Bytes written since the last call (from any thread)."""
+
+
+@dataclass(frozen=True)
+class OutputFile:
+    """One safetensors file of an output; `relative` is its place below the output folder, "" for a single file."""
+
+    relative: str
+    pieces: Sequence[Piece]
+    metadata: dict[str, str]
+
+
+@dataclass
+class Plan:
+    """Everything a verb is about to do.
+
+    `details` holds one dictionary for each changed layer; computed pieces complete theirs while they run. `copies` are
+    files taken over as they are, `texts` small files whose content is known.
+    """
+
+    command: str
+    inputs: list[Path]
+    output: Path
+    files: list[OutputFile]
+    layers: int = 0
+    parameters: int = 0
+    copies: list[tuple[Path, str]] = field(default_factory=list)
+    texts: dict[str, str] = field(default_factory=dict)
+    details: list[dict[str, Any]] = field(default_factory=list)
+    totals: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    working_bytes: int = 4 * BLOCK_BYTES
+    finish: Callable[[Plan], None] = lambda plan: None
+
+    @property
+    def bytes_out(self) -> int:
+        """Bytes that will be written."""
+        weights = sum(file_bytes(file.pieces, file.metadata) for file in self.files)
+        copies = sum(path.stat().st_size for path, _ in self.copies)
+        return weights + copies + sum(len(text.encode()) for text in self.texts.values())
+
+    @property
+    def peak_bytes(self) -> int:
+        """Estimated peak memory, the interpreter and torch included."""
+        return INTERPRETER_BYTES + self.working_bytes
+
+    def report(self, outputs: list[dict[str, Any]], seconds: float, *, dry_run: bool = False) -> Report:
+        """The report of this plan, carried out or not."""
+        totals = {**self.totals, **({"bytes_out": self.bytes_out, "peak_bytes": self.peak_bytes} if dry_run else {})}
+        return Report(
+            self.command,
+            [path.name for path in self.inputs],
+            outputs,
+            self.layers,
+            self.parameters,
+            self.details,
+            totals,
+            self.notes,
+            seconds,
+            dry_run,
+        )
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a verb did; `as_dict` is what `--json` prints (CONTRACTS 1)."""
+
+    command: str
+    inputs: list[str]
+    outputs: list[dict[str, Any]]
+    layers: int
+    parameters: int
+    details: list[dict[str, Any]]
+    totals: dict[str, Any]
+    notes: list[str]
+    seconds: float
+    dry_run: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        """The report as one JSON object."""
+        fields = {name: getattr(self, name) for name in self.__dataclass_fields__ if name != "dry_run"}
+        return {"schema": 1, "ok": True, **fields, **({"dry_run": True} if self.dry_run else {})}
+
+
+def run(plan: Plan, *, force: bool = False, dry_run: bool = False, progress: Progress | None = None) -> Report:
+    """Carry out a plan: check the output, write everything beside it, then rename once.
+
+    Args:
+        plan: from any `plan_*` function.
+        force: replace an existing output.
+        dry_run: check and report, write nothing.
+        progress: told of every byte.
+
+    Raises:
+        OutputError: the output exists, is an input, does not fit, or cannot be written; nothing was left behind.
+        NumericsError: a computed weight is not finite; nothing was left behind.
+    """
+    started = time.perf_counter()
+    check_output(plan.output, plan.inputs, plan.bytes_out, force=force)
+    if dry_run:
+        return plan.report([], time.perf_counter() - started, dry_run=True)
+    if progress is not None:
+        progress.start(plan.bytes_out)
+    advance = progress.advance if progress is not None else lambda count: None
+    with atomic(plan.output) as partial:
+        single = len(plan.files) == 1 and not plan.files[0].relative and not plan.copies and not plan.texts
+        if not single:
+            partial.mkdir()
+        for file in plan.files:
+            target = partial / file.relative if file.relative else partial
+            target.parent.mkdir(parents=True, exist_ok=True)
+            write_file(target, file.pieces, file.metadata, advance=advance)
+        for source, relative in plan.copies:
+            _copy(source, partial / relative)
+            advance(source.stat().st_size)
+        plan.finish(plan)
+        for relative, text in plan.texts.items():
+            _write_text(partial / relative, text)
+    return plan.report(_outputs(plan), time.perf_counter() - started)
+
+
+def _outputs(plan: Plan) -> list[dict[str, Any]]:
+    names = [*(file.relative for file in plan.files), *(name for _, name in plan.copies), *plan.texts]
+    paths = [plan.output / name if name else plan.output for name in names]
+    return [{"path": str(path), "bytes": path.stat().st_size} for path in paths]
+
+
+def _copy(source: Path, target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+    _sync(target)
+
+
+def _write_text(target: Path, text: str) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_text(text, "utf-8")
+    _sync(target)
+
+
+def _sync(path: Path) -> None:
+    with open(path, "rb") as file:
+        os.fsync(file.fileno())
+
+
+def provenance(
+    verb: str,
+    inputs: Sequence[str | Path],
+    options: dict[str, object],
+    *,
+    method: dict[str, object] | None = None,
+    targets: Sequence[str] = (),
+    fingerprint: str | None = None,
+) -> dict[str, str]:
+    """The `ortho.*` metadata of an output: file names, never folders, and no clock, so equal commands give equal bytes.
+
+    >>> provenance("merge", ["/data/base.safetensors"], {"exact": True})["ortho.command"]
+    'ortho merge base.safetensors --exact'
+    """
+    words = ["ortho", verb, *(Path(str(item)).name for item in inputs)]
+    for key, value in options.items():
+        if value is None or value is False or value == []:
+            continue
+        flag = "--" + key.replace("_", "-")
+        for item in value if isinstance(value, (list, tuple)) else [value]:
+            words += [flag] if item is True else [flag, Path(item).name if isinstance(item, Path) else str(item)]
+    found = {"ortho.version": __version__, "ortho.command": " ".join(words)}
+    if method is not None:
+        found["ortho.method"] = json.dumps(method, sort_keys=True)
+    if targets:
+        found["ortho.targets"] = json.dumps(list(targets))
+    if fingerprint is not None:
+        found["ortho.base_fingerprint"] = fingerprint
+    return found

@@ -1,0 +1,112 @@
+"""What a diffusers folder of Stable Diffusion 1.5 holds besides weights, as data.
+
+Tokenizer and feature extractor are vocabulary files, not tables: they come from a folder or a hub id, or are missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ortho_cli.errors import CheckpointError
+
+__all__ = ["COMPANIONS", "SCHEDULER", "WEIGHT_NAMES", "companion_folder", "component_config", "model_index"]
+
+COMPANIONS = ("tokenizer", "scheduler", "feature_extractor")
+HUB_BASE = "stable-diffusion-v1-5/stable-diffusion-v1-5"
+WEIGHT_NAMES = {
+    "unet": "diffusion_pytorch_model.safetensors",
+    "vae": "diffusion_pytorch_model.safetensors",
+    "text_encoder": "model.safetensors",
+}
+DIFFUSERS_VERSION = "0.30.0"  # the oldest these configurations are written for
+
+_UNET: dict[str, Any] = {
+    "_class_name": "UNet2DConditionModel", "_diffusers_version": DIFFUSERS_VERSION, "act_fn": "silu",
+    "attention_head_dim": 8, "block_out_channels": [320, 640, 1280, 1280], "center_input_sample": False,
+    "cross_attention_dim": 768, "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "downsample_padding": 1, "flip_sin_to_cos": True, "freq_shift": 0, "in_channels": 4, "layers_per_block": 2,
+    "mid_block_scale_factor": 1, "norm_eps": 1e-05, "norm_num_groups": 32, "out_channels": 4, "sample_size": 64,
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+}  # fmt: skip
+_VAE: dict[str, Any] = {
+    "_class_name": "AutoencoderKL", "_diffusers_version": DIFFUSERS_VERSION, "act_fn": "silu",
+    "block_out_channels": [128, 256, 512, 512], "down_block_types": ["DownEncoderBlock2D"] * 4, "in_channels": 3,
+    "latent_channels": 4, "layers_per_block": 2, "norm_num_groups": 32, "out_channels": 3, "sample_size": 512,
+    "scaling_factor": 0.18215, "up_block_types": ["UpDecoderBlock2D"] * 4,
+}  # fmt: skip
+_TEXT: dict[str, Any] = {
+    "architectures": ["CLIPTextModel"], "model_type": "clip_text_model", "vocab_size": 49408, "hidden_size": 768,
+    "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12, "max_position_embeddings": 77,
+    "hidden_act": "quick_gelu", "layer_norm_eps": 1e-05, "projection_dim": 768, "attention_dropout": 0.0,
+    "bos_token_id": 0, "eos_token_id": 2, "pad_token_id": 1, "initializer_factor": 1.0, "initializer_range": 0.02,
+}  # fmt: skip
+SCHEDULER: dict[str, Any] = {
+    "_class_name": "PNDMScheduler", "_diffusers_version": DIFFUSERS_VERSION, "beta_end": 0.012,
+    "beta_schedule": "scaled_linear", "beta_start": 0.00085, "num_train_timesteps": 1000, "set_alpha_to_one": False,
+    "skip_prk_steps": True, "steps_offset": 1, "trained_betas": None, "clip_sample": False,
+}  # fmt: skip
+_CLASSES = {
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "scheduler": ["diffusers", "PNDMScheduler"],
+    "feature_extractor": ["transformers", "CLIPImageProcessor"],
+}
+
+
+def component_config(component: str, in_channels: int = 4) -> dict[str, Any]:
+    """The `config.json` of one component; inpainting UNets have 9 input channels."""
+    config = {"unet": _UNET, "vae": _VAE, "text_encoder": _TEXT}[component]
+    return {**config, "in_channels": in_channels} if component == "unet" else config
+
+
+def model_index(components: Iterable[str]) -> dict[str, Any]:
+    """The `model_index.json` of a pipeline that has these components; what is absent is written as null."""
+    have = set(components)
+    index: dict[str, Any] = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": DIFFUSERS_VERSION}
+    index |= {name: classes if name in have else [None, None] for name, classes in _CLASSES.items()}
+    return {**index, "requires_safety_checker": False, "safety_checker": [None, None]}
+
+
+def companion_folder(base: str | None) -> Path | None:
+    """The folder to take tokenizer and scheduler from: the one given, else the hub cache's copy of SD1.5, else None.
+
+    Raises:
+        CheckpointError: a base was given and is no folder of a pipeline, or cannot be fetched.
+    """
+    from ortho_cli.checkpoints.hub import HubId, parse_hub_id
+
+    if base is not None:
+        path = Path(base).expanduser()
+        if not path.is_dir():
+            hub = parse_hub_id(base)
+            if hub is None:
+                raise CheckpointError(f"--base {base} is neither a folder nor a hub id")
+            return _snapshot(hub, local_only=False)
+        if not (path / "tokenizer").is_dir():
+            raise CheckpointError(f"{path.name} has no tokenizer/ folder", hint="give a diffusers folder as --base")
+        return path
+    return _snapshot(HubId(HUB_BASE), local_only=True)
+
+
+def _snapshot(hub: Any, *, local_only: bool) -> Path | None:
+    """Only the small companion folders of a pipeline on the hub, or of its cached copy."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    patterns = [f"{folder}/*" for folder in COMPANIONS]
+    try:
+        return Path(
+            snapshot_download(hub.repo, revision=hub.revision, allow_patterns=patterns, local_files_only=local_only)
+        )
+    except LocalEntryNotFoundError:
+        if local_only:
+            return None
+        raise CheckpointError(
+            f"{hub.repo} is not in the hub cache and the hub cannot be reached", hint="give a local diffusers folder"
+        ) from None
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise CheckpointError(f"{hub.repo} cannot be fetched: {str(error).strip().splitlines()[0][:200]}") from error

@@ -1,0 +1,157 @@
+"""The schema of the verbs' recipes: what fits, what does not, and the way there and back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from ortho_cli.errors import OutputError, RecipeError, UsageError
+from ortho_cli.recipe.parse import parse_yaml
+from ortho_cli.recipe.verbs import VERBS, VerbRecipe, load_recipe, load_verb, save_verb, schema
+
+FULL: dict[str, dict[str, Any]] = {
+    "add-hra": {
+        "checkpoint": "a b.safetensors", "output": "out", "rank": [8, "**.attn2.**=16"], "targets": ["**.{to_q,to_k}"],
+        "exclude": ["mid.*"], "as": "checkpoint", "layout": "hra-repo", "gram_schmidt": True, "ema": "drop", "seed": 7,
+        "max_shard_size": "5GB",
+    },
+    "merge": {
+        "base": "org/name@rev:file", "adapters": [{"path": "1e-4"}, {"path": "b"}], "output": "out.safetensors",
+        "exact": True, "dtype": "bf16", "max_shard_size": "500MB",
+    },
+    "convert": {"input": "x", "output": "y.safetensors", "to": "kohya-lora", "base": "z"},
+}  # fmt: skip
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "add-hra": {
+        "output": None, "rank": 8, "targets": None, "exclude": [], "as": None, "layout": "keep",
+        "gram_schmidt": False, "ema": None, "seed": 0, "max_shard_size": None,
+    },
+    "merge": {"adapters": [], "output": None, "exact": False, "dtype": "keep", "max_shard_size": None},
+    "convert": {"output": None, "base": None},
+}  # fmt: skip
+LEAST = {"add-hra": "checkpoint: x\n", "merge": "base: x\n", "convert": "input: x\nto: ldm\n"}
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    return tmp_path / "r.yaml"
+
+
+def written(path: Path, verb: str, body: str) -> str:
+    path.write_text(f"version: 1\nverb: {verb}\n{body}", encoding="utf-8")
+    return str(path)
+
+
+def test_the_verbs() -> None:
+    assert set(VERBS) == set(FULL) == set(LEAST)
+    for verb, model in VERBS.items():
+        keys = {field.alias or name for name, field in model.model_fields.items()} - {"version", "verb"}
+        assert keys == set(FULL[verb])  # so that the tests below speak of every key
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_defaults(path: Path, verb: str) -> None:
+    recipe = load_recipe(written(path, verb, LEAST[verb]))
+    assert recipe.verb == verb
+    required = parse_yaml(LEAST[verb], "r.yaml")[0]
+    assert recipe.model_dump(by_alias=True) == {"version": 1, "verb": verb, **required, **DEFAULTS[verb]}
+    assert load_verb(str(path), verb) == required  # only what the file gives
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_recipes_are_frozen(path: Path, verb: str) -> None:
+    recipe = load_recipe(written(path, verb, LEAST[verb]))
+    with pytest.raises(ValidationError, match="frozen"):
+        recipe.version = 2
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_saved_and_loaded_is_the_same(path: Path, verb: str) -> None:
+    assert save_verb(path, verb, FULL[verb]) == path
+    assert load_verb(str(path), verb) == FULL[verb]
+    assert path.read_text(encoding="utf-8").startswith(
+        f"# The same again:     ortho {verb} --recipe r.yaml\nversion: 1\n"
+    )
+
+
+def test_every_value_of_every_choice_survives(path: Path) -> None:
+    formats = schema("convert")["properties"]["to"]["enum"]
+    assert len(formats) == 9
+    for to in formats:
+        save_verb(path, "convert", {"input": "x", "to": to}, force=True)
+        assert load_verb(str(path), "convert") == {"input": "x", "to": to}
+
+
+def test_saving_takes_paths_and_tuples(path: Path) -> None:
+    save_verb(path, "merge", {"base": Path("b"), "adapters": ({"path": Path("a")},), "output": None})
+    assert load_verb(str(path), "merge") == {"base": "b", "adapters": [{"path": "a"}], "output": None}
+
+
+def test_saving_never_overwrites_unasked(path: Path) -> None:
+    save_verb(path, "merge", {"base": "b"})
+    with pytest.raises(OutputError, match="exists already"):
+        save_verb(path, "merge", {"base": "c"})
+    assert load_verb(str(path), "merge") == {"base": "b"}
+    save_verb(path, "merge", {"base": "c"}, force=True)
+    assert load_verb(str(path), "merge") == {"base": "c"}
+
+
+@pytest.mark.parametrize(
+    "options", [{"base": "b", "force": True}, {"base": "b\udc80"}, {"base": 8}, {}, {"base": "b", "dtype": "fp8"}]
+)
+def test_saving_refuses_what_would_not_load(path: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(RecipeError):
+        save_verb(path, "merge", options)
+    assert not path.exists()
+
+
+def test_same_command_same_bytes(path: Path, tmp_path: Path) -> None:
+    save_verb(path, "add-hra", FULL["add-hra"])
+    (tmp_path / "other").mkdir()
+    save_verb(tmp_path / "other" / "r.yaml", "add-hra", FULL["add-hra"])
+    assert path.read_bytes() == (tmp_path / "other" / "r.yaml").read_bytes()
+
+
+def test_the_wrong_verb_names_the_right_command(path: Path) -> None:
+    name = written(path, "merge", LEAST["merge"])
+    with pytest.raises(RecipeError, match="this recipe is for `ortho merge`, not for `ortho convert`") as caught:
+        load_verb(name, "convert")
+    assert caught.value.hint == f"ortho merge --recipe {path}"
+    assert caught.value.where == f"{path}:2"
+
+
+def test_the_hint_leads_to_all_keys(path: Path) -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_verb(written(path, "merge", "bas: x\n"), "merge")
+    assert caught.value.hint == "all keys: ortho recipe schema --verb merge"
+    assert caught.value.where == f"{path}:3"
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_schema_of_a_verb(verb: str) -> None:
+    found = json.loads(json.dumps(schema(verb)))
+    assert set(found["properties"]) == {"version", "verb", *FULL[verb]}
+    assert found["additionalProperties"] is False
+    own = {key: node for key, node in found["properties"].items() if key != "verb"}
+    assert all(node.get("description") for node in own.values())
+
+
+def test_schema_of_all() -> None:
+    found = json.loads(json.dumps(schema()))
+    assert set(found["discriminator"]["mapping"]) == set(VERBS)
+    assert len(found["oneOf"]) == len(VERBS)
+    keys = {key for node in found["$defs"].values() for key in node["properties"]}
+    assert keys == {"version", "verb", "path", *(key for options in FULL.values() for key in options)}
+
+
+def test_schema_of_an_unknown_verb() -> None:
+    with pytest.raises(UsageError, match="did you mean 'merge'"):
+        schema("mergee")
+
+
+def test_base_class_has_only_what_is_not_an_option() -> None:
+    assert set(VerbRecipe.model_fields) == {"version", "verb"}
