@@ -32,9 +32,11 @@ class LayerIndex:
         native: dict[str, list[str]] = {layer: [layer] for layer in self.layers}
         canonical: dict[str, list[str]] = {}
         short: dict[str, list[str]] = {}
+        self._in_pipeline = False
         for layer, name in self._canonical.items():
             canonical.setdefault(name, []).append(layer)
             component, local = component_name(name)
+            self._in_pipeline |= component != ""
             for shortened in {name.removeprefix(component + "."), local}:
                 short.setdefault(shortened, []).append(layer)
         self._tables = (native, canonical, short)
@@ -104,6 +106,8 @@ class LayerIndex:
 
     def _shifts(self, name: str) -> Iterator[tuple[str, str]]:
         """Every (prefix to strip, prefix to add) that could make `name` a layer of the checkpoint."""
+        if self._in_pipeline and component_name(name)[0]:
+            return  # `text_encoder_2.` is no wrapper around what `text_encoder.` holds
         for prefix in _wrappers(name):
             yield prefix, ""
         known = {known for table in self._tables for known in table if known.endswith("." + name)}

@@ -9,7 +9,7 @@ from ortho_cli.checkpoints.pickle_tensors import Storage, StorageId, storage_id
 from ortho_cli.checkpoints.pickle_tree import Admit, Tree, read_tree
 from ortho_cli.errors import CheckpointError
 
-__all__ = ["is_legacy", "read_legacy"]
+__all__ = ["is_legacy", "read_legacy", "read_legacy_trees"]
 
 _MAGIC = 0x1950A86A20F9469CFC6C
 _PROTOCOL = 1001
@@ -24,8 +24,14 @@ def is_legacy(head: bytes) -> bool:
         return False
 
 
+def read_legacy_trees(file: IO[bytes], limit: int, admit: Admit) -> tuple[list[Tree], int]:
+    """The five pickles, which must lie in the first `limit` bytes of the file, and the offset behind them."""
+    stream = _Window(file, limit)
+    return [read_tree(stream, admit) for _ in range(5)], stream.tell()
+
+
 def read_legacy(file: IO[bytes], size: int, limit: int, admit: Admit) -> tuple[Tree, dict[str, Storage]]:
-    """Read the pickles of a file of `size` bytes, at most `limit` bytes of them, and find its storages.
+    """Read the pickles of a file of `size` bytes, which must end before `limit`, and find its storages.
 
     Returns:
         The object's tree, and each storage by its key.
@@ -36,8 +42,7 @@ def read_legacy(file: IO[bytes], size: int, limit: int, admit: Admit) -> tuple[T
 
     Cost: the pickles, and 8 bytes for each storage.
     """
-    stream = _Window(file, min(limit, size))
-    _, protocol, system, tree, keys = (read_tree(stream, admit) for _ in range(5))
+    (_, protocol, system, tree, keys), offset = read_legacy_trees(file, limit, admit)
     if protocol.root != _PROTOCOL:
         raise CheckpointError(f"torch's old format in protocol {show(protocol.root)}; only {_PROTOCOL} is known")
     if not isinstance(system.root, Made) or ("little_endian", True) not in (system.root.pairs or ()):
@@ -53,7 +58,6 @@ def read_legacy(file: IO[bytes], size: int, limit: int, admit: Admit) -> tuple[T
         raise CheckpointError(f"the file lists {show(keys.root)} as its storages, the object uses {len(named)}")
 
     storages: dict[str, Storage] = {}
-    offset = stream.tell()
     for key in keys.root:
         if not isinstance(key, str) or key not in named or key in storages:
             raise CheckpointError(f"the list of storages holds {show(key)} twice or without use")

@@ -40,6 +40,7 @@ _KNOWN = (
     | {"torch.nn.parameter.Parameter", "torch.ComplexDoubleStorage", "torch.complex128"}
     | {"numpy.dtype", "numpy.ndarray"}
     | {f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")}
+    | {"numpy.core.numeric._frombuffer", "numpy._core.numeric._frombuffer"}
     | STORAGE_DTYPES.keys()
     | DTYPE_GLOBALS.keys()
 )

@@ -9,6 +9,7 @@ beyond a few words an opcode. (`pickle.Unpickler`, even restricted, calls, hashe
 from __future__ import annotations
 
 import pickletools
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from io import BytesIO
@@ -66,11 +67,13 @@ def read_tree(data: bytes | ByteStream, admit: Admit) -> Tree:
     try:
         stream = BytesIO(data) if isinstance(data, bytes) else data
         opcodes = pickletools.genops(cast("IO[bytes]", stream))
-        for count, (opcode, arg, start) in enumerate(opcodes):
-            position = start
-            if count >= MAX_OPCODES:
-                raise CheckpointError(f"the pickle has more than {MAX_OPCODES:,} opcodes")
-            machine.step(opcode.name, arg)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # genops decodes Python 2's strings with an escape_decode that warns
+            for count, (opcode, arg, start) in enumerate(opcodes):
+                position = start
+                if count >= MAX_OPCODES:
+                    raise CheckpointError(f"the pickle has more than {MAX_OPCODES:,} opcodes")
+                machine.step(opcode.name, arg)
         return Tree(machine.stack.pop(), tuple(machine.globals), tuple(machine.references))
     except (ValueError, IndexError) as error:
         raise CheckpointError(f"malformed pickle at or after byte {position}: {str(error)[:120]}") from None

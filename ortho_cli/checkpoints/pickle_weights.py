@@ -136,7 +136,7 @@ def _refuse_strange(name: object, values: tuple[object, ...], seen: set[int]) ->
     for record in walk(values, seen):
         if isinstance(record, Global) and not is_known(record.path):
             raise CheckpointError(
-                f"entry {show(name)} of the weights holds {record.path[:200]}; only tensors and plain values belong there",
+                f"entry {show(name)} of the weights holds {record.path[:200]}, not only tensors and plain values",
                 hint="on a machine where you trust it: torch.save(MODEL.state_dict(), 'new.pt')",
             )
         has_tensors = has_tensors or is_tensor(record)

@@ -15,7 +15,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import IO
 
-from ortho_cli.checkpoints.legacy_pickle import is_legacy, read_legacy
+from ortho_cli.checkpoints.legacy_pickle import is_legacy, read_legacy, read_legacy_trees
 from ortho_cli.checkpoints.pickle_policy import admit, full_name, is_known
 from ortho_cli.checkpoints.pickle_records import show
 from ortho_cli.checkpoints.pickle_tensors import Storage, StorageId, locate_tensor
@@ -99,7 +99,9 @@ def scan_globals(path: str | Path) -> list[str]:
     with _opened(Path(path)) as (file, size):
         head = _head(file)
         try:
-            if head.startswith(_BARE) and not is_legacy(head):
+            if is_legacy(head):
+                read_legacy_trees(file, min(size, MAX_PICKLE_BYTES), note)
+            elif head.startswith(_BARE):
                 _pickle(file, Record(0, size), note)
             else:
                 _read(file, size, note)
@@ -122,7 +124,7 @@ def _read(file: IO[bytes], size: int, admit: Admit) -> tuple[Tree, StorageOf]:
         records = read_archive(file, size)
         return _pickle(file, records["data.pkl"], admit), lambda named: _record_of(records, named)
     if is_legacy(head):
-        tree, storages = read_legacy(file, size, MAX_PICKLE_BYTES, admit)
+        tree, storages = read_legacy(file, size, min(size, MAX_PICKLE_BYTES), admit)
         return tree, lambda named: storages[named.key]
     raise CheckpointError(
         f"not a checkpoint that can be read: {_describe(head)}",

@@ -21,7 +21,7 @@ __all__ = ["BLOCK_BYTES", "TensorReader", "row_blocks", "tensor_bytes"]
 
 # Rows of a large weight are read in blocks of about this size: large enough that a disk streams, small enough that
 # a handful of them (block, upcast copy, product) stay far below the memory budget.
-BLOCK_BYTES = 8 * 2**20
+BLOCK_BYTES = 4 * 2**20
 
 
 class TensorReader:

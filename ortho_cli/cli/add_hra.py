@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
 from ortho_cli.cli.arguments import gather, required
 from ortho_cli.cli.options import (
-    METHOD, OUTPUT, TARGETS, DebugOption, DryRunOption, ForceOption, JsonOption, OutputOption, PrivateOption, PushOption,
-    QuietOption, RecipeOption, SaveRecipeOption, ShardOption, VerboseOption,
+    METHOD,
+    OUTPUT,
+    TARGETS,
+    DebugOption,
+    DryRunOption,
+    ForceOption,
+    JsonOption,
+    OutputOption,
+    PrivateOption,
+    PushOption,
+    QuietOption,
+    RecipeOption,
+    SaveRecipeOption,
+    ShardOption,
+    VerboseOption,
 )  # fmt: skip
 
 __all__ = ["add_hra"]
@@ -19,12 +32,15 @@ USAGE = "ortho add-hra CHECKPOINT -o OUT"
 
 def add_hra(
     ctx: typer.Context,
-    checkpoint: Annotated[Optional[str], typer.Argument(metavar="CHECKPOINT", help="File, folder or hub id.")] = None,
+    checkpoint: Annotated[str | None, typer.Argument(metavar="CHECKPOINT", help="File, folder or hub id.")] = None,
     output: OutputOption = None,
     rank: Annotated[
-        Optional[list[str]],
+        list[str] | None,
         typer.Option(
-            "--rank", metavar="N|PATTERN=N", help="Reflections a layer, even; repeatable. Default 8.", rich_help_panel=METHOD
+            "--rank",
+            metavar="N|PATTERN=N",
+            help="Reflections a layer, even (default 8); repeatable.",
+            rich_help_panel=METHOD,
         ),
     ] = None,
     gram_schmidt: Annotated[
@@ -33,33 +49,43 @@ def add_hra(
     ] = False,
     seed: Annotated[int, typer.Option("--seed", help="Of the start vectors.", rich_help_panel=METHOD)] = 0,
     targets: Annotated[
-        Optional[list[str]],
+        list[str] | None,
         typer.Option(
-            "--targets", metavar="PATTERN|PRESET", rich_help_panel=TARGETS,
-            help="Layers to adapt: globs or a preset (sd15-control, sd15-attention, llama-qv, deberta-all, all-linear).",
+            "--targets",
+            metavar="PATTERN|PRESET",
+            rich_help_panel=TARGETS,
+            help="Globs or a preset: sd15-control, sd15-attention, llama-qv, deberta-all, all-linear.",
         ),
     ] = None,
     exclude: Annotated[
-        Optional[list[str]],
+        list[str] | None,
         typer.Option("--exclude", metavar="PATTERN", help="Layers to leave out.", rich_help_panel=TARGETS),
     ] = None,
     form: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(
-            "--as", metavar="adapter|checkpoint", rich_help_panel=OUTPUT,
+            "--as",
+            metavar="adapter|checkpoint",
+            rich_help_panel=OUTPUT,
             help="A PEFT folder beside the base, or the whole checkpoint; by default by the output's name.",
         ),
     ] = None,
     layout: Annotated[
         str,
         typer.Option(
-            "--layout", metavar="keep|hra-repo", help="hra-repo: as the HRA authors' loader wants.", rich_help_panel=OUTPUT
+            "--layout",
+            metavar="keep|hra-repo",
+            help="hra-repo: as the HRA authors' loader wants.",
+            rich_help_panel=OUTPUT,
         ),
     ] = "keep",
     ema: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(
-            "--ema", metavar="use|keep|drop", help="What to do with model_ema tensors. Default keep.", rich_help_panel=OUTPUT
+            "--ema",
+            metavar="use|keep|drop",
+            help="What to do with model_ema tensors (default keep).",
+            rich_help_panel=OUTPUT,
         ),
     ] = None,
     max_shard_size: ShardOption = None,

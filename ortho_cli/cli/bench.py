@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -25,10 +25,10 @@ def bench_surgery(
     checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A .safetensors file; it is only read.")],
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Each command runs this often, shuffled.")] = 5,
     targets: Annotated[
-        Optional[list[str]], typer.Option("--targets", metavar="PATTERN|PRESET", help="As for add-hra.")
+        list[str] | None, typer.Option("--targets", metavar="PATTERN|PRESET", help="As for add-hra.")
     ] = None,
     folder: Annotated[
-        Optional[Path], typer.Option("--folder", help="Where the outputs go for a moment; default beside the input.")
+        Path | None, typer.Option("--folder", help="Where the outputs go for a moment; default beside the input.")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

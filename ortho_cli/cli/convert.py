@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
 from ortho_cli.cli.arguments import gather, required
 from ortho_cli.cli.options import (
-    METHOD, DebugOption, DryRunOption, ForceOption, JsonOption, OutputOption, PrivateOption, PushOption, QuietOption,
-    RecipeOption, SaveRecipeOption, VerboseOption,
+    METHOD,
+    DebugOption,
+    DryRunOption,
+    ForceOption,
+    JsonOption,
+    OutputOption,
+    PrivateOption,
+    PushOption,
+    QuietOption,
+    RecipeOption,
+    SaveRecipeOption,
+    VerboseOption,
 )  # fmt: skip
 
 __all__ = ["convert"]
@@ -19,21 +29,21 @@ USAGE = "ortho convert ADAPTER|CHECKPOINT -o OUT --to FORM"
 
 def convert(
     ctx: typer.Context,
-    input: Annotated[
-        Optional[str], typer.Argument(metavar="ADAPTER|CHECKPOINT", help="File, folder or hub id.")
-    ] = None,
+    input: Annotated[str | None, typer.Argument(metavar="ADAPTER|CHECKPOINT", help="File, folder or hub id.")] = None,
     output: OutputOption = None,
     to: Annotated[
-        Optional[str],
+        str | None,
         typer.Option(
-            "--to", metavar="FORM", rich_help_panel=METHOD,
+            "--to",
+            metavar="FORM",
+            rich_help_panel=METHOD,
             help="Adapters: peft-hra, peft-lora, kohya-lora, diffusers-lora, hra-repo. "
             "Checkpoints: ldm, diffusers, base (take an adapter out), safetensors.",
         ),
     ] = None,
     base: Annotated[
-        Optional[str],
-        typer.Option("--base", metavar="BASE", help="The adapter's base; HRA to LoRA needs it.", rich_help_panel=METHOD),
+        str | None,
+        typer.Option("--base", metavar="BASE", help="Its base; HRA to LoRA needs it.", rich_help_panel=METHOD),
     ] = None,
     recipe: RecipeOption = None,
     save_recipe: SaveRecipeOption = None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +13,8 @@ from ortho_cli.errors import OutputError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from ortho_cli.checkpoints.tensors import TensorInfo
 
 __all__ = ["demo"]
 
@@ -101,28 +104,31 @@ def _prepare(folder: Path, force: bool) -> None:
 
 def _nudge(adapter: Path, trained: Path) -> None:
     """Copy the adapter with its column pairs turned apart, as training would."""
-    from ortho_cli.checkpoints.reading import TensorReader
     from ortho_cli.checkpoints.store import open_checkpoint
     from ortho_cli.surgery.adapter_folder import Factor
     from ortho_cli.surgery.plan import OutputFile, Plan, run
 
     opened = open_checkpoint(adapter)
 
-    def turned(name: str, seed: int) -> Tensor:
-        import torch
-
-        with TensorReader() as reader:
-            vectors = reader.read_copy(opened.tensors[name])
-        noise = torch.randn(vectors.shape, generator=torch.Generator().manual_seed(seed))
-        return vectors + NUDGE * noise * vectors.norm(dim=0) / vectors.shape[0] ** 0.5
-
     pieces = [
-        Factor(info.shape, lambda name=name, seed=seed: turned(name, seed)).piece(name)
+        Factor(info.shape, partial(_turned, info, seed)).piece(name)
         for seed, (name, info) in enumerate(opened.tensors.items())
     ]
     copies = [(adapter / name, name) for name in ("adapter_config.json", "README.md")]
     file = OutputFile("adapter_model.safetensors", pieces, dict(opened.metadata))
     run(Plan("demo", [opened.files[0].path], trained, [file], copies=copies))
+
+
+def _turned(info: TensorInfo, seed: int) -> Tensor:
+    import torch
+
+    from ortho_cli.checkpoints.reading import TensorReader
+
+    with TensorReader() as reader:
+        vectors = reader.read_copy(info)
+    noise = torch.randn(vectors.shape, generator=torch.Generator().manual_seed(seed))
+    turned: Tensor = vectors + NUDGE * noise * vectors.norm(dim=0) / vectors.shape[0] ** 0.5
+    return turned
 
 
 def _say(text: str) -> None:

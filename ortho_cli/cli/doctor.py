@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -25,7 +26,7 @@ def doctor(
     checks = examine(reach_hub=not offline)
     broken = [check for check in checks if check.status == "broken"]
     if as_json:
-        listed = [{"name": check.name, "status": check.status, "found": check.found, "hint": check.hint} for check in checks]
+        listed = [asdict(check) for check in checks]
         typer.echo(json.dumps({"schema": 1, "ok": not broken, "command": "doctor", "details": listed}, indent=2))
     else:
         from ortho_cli.cli.show import console_out, table

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,19 +17,21 @@ __all__ = ["inspect"]
 
 
 def inspect(
-    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="Checkpoint or adapter: file, folder, hub id.")],
+    checkpoint: Annotated[
+        str, typer.Argument(metavar="CHECKPOINT", help="Checkpoint or adapter: file, folder, hub id.")
+    ],
     layers: Annotated[bool, typer.Option("--layers", help="List every layer with its shape.")] = False,
     base: Annotated[
-        Optional[str], typer.Option("--base", metavar="BASE", help="Whether this adapter belongs to BASE.")
+        str | None, typer.Option("--base", metavar="BASE", help="Whether this adapter belongs to BASE.")
     ] = None,
     list_globals: Annotated[
         bool, typer.Option("--globals", help="List what a pickle would import, without running it.")
     ] = False,
     other: Annotated[
-        Optional[str], typer.Option("--diff", metavar="CHECKPOINT", help="Compare with another, tensor by tensor.")
+        str | None, typer.Option("--diff", metavar="CHECKPOINT", help="Compare with another, tensor by tensor.")
     ] = None,
     fail_above: Annotated[
-        Optional[float],
+        float | None,
         typer.Option("--fail-above", metavar="X", help="With --diff: exit 5 above this relative difference."),
     ] = None,
     as_json: JsonOption = False,
@@ -107,17 +109,21 @@ def _show(report: Report) -> None:
     totals, console = report.totals, console_out()
     if report.details:
         keys = [key for key in ("kind", "shape", "dtype", "rank", "parameters") if key in report.details[0]]
-        rows = [[item["name"], *(_shape(item[key]) for key in keys)] for item in report.details]
-        table(console, ["layer", *keys], rows)
+        table(
+            console,
+            ["layer", *keys],
+            [[item["name"], *(_shape(item[key]) for key in keys)] for item in report.details],
+        )
         console.print()
-    rows = [
+    rows: list[tuple[str, str]] = [
         (report.inputs[0], f"{totals['format']}, {totals['layout']}, {totals['files']} file(s)"),
         ("tensors", f"{totals['tensors']:,} in {report.layers:,} layers"),
         ("parameters", f"{report.parameters:,}"),
         ("size", human_bytes(totals["bytes"])),
     ]
     rows += [
-        (dtype, f"{entry['tensors']:,} tensors, {human_bytes(entry['bytes'])}") for dtype, entry in totals["dtypes"].items()
+        (dtype, f"{entry['tensors']:,} tensors, {human_bytes(entry['bytes'])}")
+        for dtype, entry in totals["dtypes"].items()
     ]
     table(console, None, rows)
     if len(totals["components"]) > 1:

@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
 from ortho_cli.cli.arguments import gather, required
 from ortho_cli.cli.options import (
-    METHOD, DebugOption, DryRunOption, ForceOption, JsonOption, OutputOption, PrivateOption, PushOption, QuietOption,
-    RecipeOption, SaveRecipeOption, ShardOption, VerboseOption,
+    METHOD,
+    DebugOption,
+    DryRunOption,
+    ForceOption,
+    JsonOption,
+    OutputOption,
+    PrivateOption,
+    PushOption,
+    QuietOption,
+    RecipeOption,
+    SaveRecipeOption,
+    ShardOption,
+    VerboseOption,
 )  # fmt: skip
 
 __all__ = ["merge"]
@@ -19,9 +30,9 @@ USAGE = "ortho merge BASE ADAPTER [ADAPTER ...] -o OUT"
 
 def merge(
     ctx: typer.Context,
-    base: Annotated[Optional[str], typer.Argument(metavar="BASE", help="Checkpoint: file, folder or hub id.")] = None,
+    base: Annotated[str | None, typer.Argument(metavar="BASE", help="Checkpoint: file, folder or hub id.")] = None,
     adapters: Annotated[
-        Optional[list[str]],
+        list[str] | None,
         typer.Argument(
             metavar="[ADAPTER]...", help="Adapters, applied in order; none to fold the one BASE itself holds."
         ),

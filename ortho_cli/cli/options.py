@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -15,7 +15,7 @@ __all__ = [
 METHOD, TARGETS, OUTPUT = "Method", "Targets", "Output"
 
 OutputOption = Annotated[
-    Optional[Path],
+    Path | None,
     typer.Option("-o", "--output", help="What to write: NAME.safetensors or a folder.", rich_help_panel=OUTPUT),
 ]
 ForceOption = Annotated[
@@ -25,7 +25,7 @@ DryRunOption = Annotated[
     bool, typer.Option("-n", "--dry-run", help="Say what would be written, and stop.", rich_help_panel=OUTPUT)
 ]
 ShardOption = Annotated[
-    Optional[str],
+    str | None,
     typer.Option("--max-shard-size", metavar="SIZE", help="Split the output anew, e.g. 5GB.", rich_help_panel=OUTPUT),
 ]
 JsonOption = Annotated[
@@ -35,7 +35,7 @@ VerboseOption = Annotated[bool, typer.Option("-v", "--verbose", help="List every
 QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="No table, no progress bar.", rich_help_panel=OUTPUT)]
 DebugOption = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", rich_help_panel=OUTPUT)]
 PushOption = Annotated[
-    Optional[str],
+    str | None,
     typer.Option(
         "--push-to-hub", metavar="ORG/NAME", help="Upload the result to the Hugging Face hub.", rich_help_panel=OUTPUT
     ),
@@ -44,10 +44,10 @@ PrivateOption = Annotated[
     bool, typer.Option("--private", help="Make the hub repository private.", rich_help_panel=OUTPUT)
 ]
 RecipeOption = Annotated[
-    Optional[str],
+    str | None,
     typer.Option("--recipe", metavar="FILE", help="Take arguments from a recipe; options given here win."),
 ]
 SaveRecipeOption = Annotated[
-    Optional[Path],
+    Path | None,
     typer.Option("--save-recipe", metavar="FILE", help="Write the recipe that repeats this command."),
 ]

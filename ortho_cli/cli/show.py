@@ -121,7 +121,9 @@ def _layers(console: Console, report: Report, verbose: bool) -> None:
 def _common_prefix(names: Sequence[str]) -> str:
     """The leading components that all names share, with their dot."""
     first, last = min(names).split("."), max(names).split(".")
-    shared = [a for index, (a, b) in enumerate(zip(first, last, strict=False)) if first[: index + 1] == last[: index + 1]]
+    shared = [
+        a for index, (a, b) in enumerate(zip(first, last, strict=False)) if first[: index + 1] == last[: index + 1]
+    ]
     return ".".join(shared) + "." if shared and len(shared) < len(first) else ""
 
 

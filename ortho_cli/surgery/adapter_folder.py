@@ -68,6 +68,12 @@ def hra_folder(
             f"ranks {ranks[odd[0]]} (at {odd[0]}) and {rank} differ by an odd number; PEFT has one rank for all layers",
             hint="export as LoRA instead: --to peft-lora --base BASE",
         )
+    narrow = [layer for layer, factor in layers.items() if factor.shape[0] < rank]
+    if narrow:
+        raise TargetError(
+            f"layer {narrow[0]} is only {layers[narrow[0]].shape[0]} wide; PEFT has one rank for all layers, here {rank}",
+            hint="leave narrow layers out (--exclude), or keep the adapter in the checkpoint (--as checkpoint)",
+        )
     result = AdapterFiles()
     padded = sum(own < rank for own in ranks.values())
     if padded:

@@ -179,7 +179,8 @@ def _push(changes: _Changes, name: str, step: Step) -> None:
 
 def _tensor_names(base: Checkpoint, index: layouts.LayerIndex, adapter: Adapter) -> dict[str, str]:
     """Names of whole tensors an adapter brings -> names in the base, for those the base has."""
-    everything = layouts.LayerIndex({name.rpartition(".")[0] for name in base.tensors}, base.layout)
+    modules = dict.fromkeys(name.rpartition(".")[0].removesuffix(".fixed_linear") for name in base.tensors)
+    everything = layouts.LayerIndex(modules, base.layout)
     found = {}
     for name in (*adapter.replacements, *adapter.row_replacements, *adapter.additions):
         module, _, kind = name.rpartition(".")

@@ -37,12 +37,10 @@ def text(value: str) -> bytes:
 
 
 def number(value: int) -> bytes:
-    return b"I%d\n" % value if abs(value) < 2**31 else b"\x8b" + _long(value)
-
-
-def _long(value: int) -> bytes:
+    if abs(value) < 2**31:
+        return b"I%d\n" % value
     raw = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
-    return struct.pack("<I", len(raw)) + raw
+    return (b"\x8a" + bytes([len(raw)]) if len(raw) < 256 else b"\x8b" + struct.pack("<I", len(raw))) + raw
 
 
 def several(*items: bytes) -> bytes:

@@ -70,7 +70,7 @@ def _code() -> Iterator[Case]:
     yield "newobj-ex", lambda: checkpoint(beside=imported("os", "system") + several(text(TOUCH)) + b"}\x92"), run
     yield (
         "names-from-memo",
-        lambda: checkpoint(beside=text("os") + b"q\7" + text("system") + b"q\x080h\7h\x08\x93"),
+        lambda: checkpoint(beside=text("os") + b"q\7" + text("system") + b"q\x0800h\7h\x08\x93"),
         run,
     )
     chain = called("builtins", "getattr", called("builtins", "__import__", text("os")), text("system"))

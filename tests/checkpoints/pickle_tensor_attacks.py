@@ -80,9 +80,9 @@ def tensor_attacks() -> Iterator[Case]:
         text("storage"), imported("torch.storage", "UntypedStorage"), text("0"), text("cpu"), number(24)
     )
     yield "untyped-v2", of(of=raw_storage + b"Q"), "UntypedStorage cannot be read"
-    for name, kind in (("size", imported("torch", "Size")), ("text", text("float32"))):
+    for name, dtype in (("size", imported("torch", "Size")), ("text", text("float32"))):
         fragment = tensor(
-            numbers(2, 3), numbers(3, 1), number(0), raw_storage + b"Q", kind, rebuild="_rebuild_tensor_v3"
+            numbers(2, 3), numbers(3, 1), number(0), raw_storage + b"Q", dtype, rebuild="_rebuild_tensor_v3"
         )
         yield f"dtype-{name}", raw(fragment), "its type .* cannot be read"
     for bit in ("conj", "neg"):
@@ -99,7 +99,7 @@ def tensor_attacks() -> Iterator[Case]:
 
 def weight_attacks() -> Iterator[Case]:
     """State dicts that hold what is no weight, or cannot be found."""
-    strange = "entry 'x' of the weights holds my.models.Thing; only tensors"
+    strange = "entry 'x' of the weights holds my.models.Thing, not only tensors"
     thing = called("my.models", "Thing", text(TOUCH))
     yield "placeholder", lambda: checkpoint(("x", thing)), strange
     yield "placeholder-class", lambda: checkpoint(("x", imported("my.models", "Thing"))), strange

@@ -111,11 +111,11 @@ def test_lokr_on_a_convolution(tmp_path: Path) -> None:
     w2 = random(4, 4, 3, 3)
     adapter = read(tmp_path, CONV, {"lokr_w1": w1, "lokr_w2": w2})
     check(adapter, CONV_LAYER, weight, weight + torch.kron(w1[..., None, None], w2))
-    core, a, b = random(RANK, 5, 3, 3), random(RANK, 4), random(5, 4)
+    core, a, b = random(RANK, RANK, 3, 3), random(RANK, 4), random(RANK, 4)
     parts = {"lokr_w1": w1, "lokr_t2": core, "lokr_w2_a": a, "lokr_w2_b": b, "alpha": torch.tensor(2.0)}
     adapter = read(tmp_path, CONV, parts)
-    w2 = torch.einsum("rskl,ro,si->oikl", core, a, b)
-    check(adapter, CONV_LAYER, weight, weight + 2 / 5 * torch.kron(w1[..., None, None], w2))
+    w2 = torch.einsum("rskl,ro,si->oikl", core, a, b).contiguous()
+    check(adapter, CONV_LAYER, weight, weight + 2 / RANK * torch.kron(w1[..., None, None], w2))
 
 
 @pytest.mark.parametrize("axis", ["output", "input"])
@@ -227,6 +227,10 @@ REFUSALS: dict[str, tuple[str, dict[str, Any], str, str]] = {
     "ia3": (LINEAR, {"weight": BLOCKS, "on_input": BLOCKS}, "IA3 is not read", ""),
     "two kinds": (LINEAR, {**LORA, "lokr_w1": BLOCKS}, "tensors of two kinds: lokr and lora", ""),
     "half a lora": (LINEAR, {"lora_up.weight": torch.ones(4, 2)}, "lacks its tensor 'down'", ""),
+    "lokr factor twice": (
+        LINEAR, {"lokr_w1": torch.ones(2, 2), "lokr_w1_a": torch.ones(2, 1), "lokr_w2": torch.ones(2, 2)},
+        "w1 is there whole and in factors", "",
+    ),
     "half a lokr": (LINEAR, {"lokr_w1": torch.ones(4, 2)}, "neither w2 nor both of w2_a and w2_b", ""),
     "kohya oft without bound": ("oft_unet_conv_in", {"oft_blocks": torch.ones(2, 3, 3)}, "has no alpha", ""),
     "rescale of another size": (

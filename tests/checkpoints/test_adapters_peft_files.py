@@ -65,6 +65,20 @@ REFUSALS: dict[str, tuple[Callable[[dict[str, Any]], None] | None, dict[str, Any
     "activated lora": (None, {"alora_invocation_tokens": [1, 2]}, "aLoRA acts on some tokens only"),
     "wrong rank": (None, {"r": 8}, "its configuration says rank 8"),
     "rank is text": (None, {"r": "4"}, "configuration field r is '4', a number was expected"),
+    "absurd alpha": (None, {"lora_alpha": 10**400}, "configuration field lora_alpha is '10+', a number was expected"),
+    "rank zero": (None, {"r": 0}, "its configuration says rank 0"),
+    "modules as text": (
+        lambda t: t.update({"base_model.model.norm.weight": torch.ones(2)}), {"modules_to_save": "weight"},
+        "modules_to_save is 'weight', a list was expected",
+    ),
+    "same factor twice": (
+        lambda t: t.update({"base_model.model.layers.0.q.lora_B.default.weight": torch.ones(20, 4)}), {},
+        "are the same factor",
+    ),
+    "rows without indices": (
+        lambda t: t.update({"base_model.model.embed_tokens.token_adapter.trainable_tokens_delta": torch.ones(2, 12)}),
+        {"trainable_token_indices": {"wte": [1, 2]}}, "has no list of rows for 'embed_tokens'",
+    ),
     "bad pattern": (None, {"rank_pattern": {"(": 3}}, "is no regular expression"),
     "dora without magnitudes": (None, {"use_dora": True}, "of a DoRA adapter has no lora_magnitude_vector"),
     "lost factor": (
@@ -72,10 +86,10 @@ REFUSALS: dict[str, tuple[Callable[[dict[str, Any]], None] | None, dict[str, Any
     ),
     "unknown factor": (
         lambda t: t.update({"base_model.model.layers.0.q.lora_C.weight": torch.ones(2)}), {},
-        "unknown tensor 'layers.0.q.lora_C.weight'",
+        "unknown tensor 'base_model.model.layers.0.q.lora_C.weight'",
     ),
     "module nobody asked to save": (
-        lambda t: t.update({"base_model.model.norm.weight": torch.ones(2)}), {}, "unknown tensor 'norm.weight'",
+        lambda t: t.update({"base_model.model.norm.weight": torch.ones(2)}), {}, "unknown tensor '.*norm.weight'",
     ),
     "integers": (
         lambda t: t.update({"base_model.model.layers.0.q.lora_B.weight": torch.ones(20, 4, dtype=torch.int32)}), {},
@@ -133,6 +147,20 @@ def test_resized_embeddings_and_legacy_saved_modules(lora: Path) -> None:
     adapter = read_adapter(edit(lora, add))
     assert adapter.replacements["embed_tokens.weight"].shape == (14, 12)
     assert {"lm_head.weight", "classifier.extra"} <= adapter.replacements.keys()
+
+
+def test_a_pickled_adapter(lora: Path) -> None:
+    """What PEFT wrote before safetensors: adapter_model.bin."""
+    from safetensors.torch import load_file
+
+    path = lora / "adapter_model.safetensors"
+    before, weight = read_adapter(lora), torch.ones(20, 12)
+    expected = before.operator("layers.0.q").apply(weight)
+    torch.save(load_file(path), lora / "adapter_model.bin")
+    path.unlink()
+    after = read_adapter(lora)
+    assert after.layers.keys() == before.layers.keys()
+    assert torch.equal(after.operator("layers.0.q").apply(weight), expected)
 
 
 def test_llama_hra_turns_the_outputs(tmp_path: Path) -> None:

@@ -35,7 +35,9 @@ class TestStableDiffusion:
     @pytest.mark.parametrize("flat", [True, False])
     @pytest.mark.parametrize("prefix", ["", "text_encoder.", "text_model.", "text_encoder.text_model."])
     def test_a_text_encoder_with_and_without_text_model(self, prefix: str, flat: bool) -> None:
-        layers = [layer.replace("text_model.", "" if flat else "text_model.") for layer in SD15 if "text_model" in layer]
+        layers = [
+            layer.replace("text_model.", "" if flat else "text_model.") for layer in SD15 if "text_model" in layer
+        ]
         index = LayerIndex(layers, "sd15-diffusers")
         name = prefix + "encoder.layers.11.mlp.fc2"
         assert index.resolve(name) == layers[-1]

@@ -1,13 +1,12 @@
-"""The SD1.x tables against the real files' names and shapes; layouts told apart; names translated both ways."""
+"""The SD1.x tables against the real files' names and shapes, and names translated both ways."""
 
 from __future__ import annotations
 
-import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from sd15_shapes import CLIP, CLIP_FLAT, LDM, LDM_TABLE, PIPELINE, UNET, VAE, old_vae
 
 from ortho_cli.checkpoints import layouts
 from ortho_cli.checkpoints.layouts import (
@@ -15,7 +14,6 @@ from ortho_cli.checkpoints.layouts import (
     canonical_shape,
     canonical_to_ldm,
     component_name,
-    detect,
     ema_name,
     fingerprint_name,
     from_canonical,
@@ -29,48 +27,7 @@ from ortho_cli.checkpoints.layouts import (
 )
 from ortho_cli.errors import TargetError
 
-DATA = Path(__file__).parent.parent / "data"
-Shapes = dict[str, tuple[int, ...]]
-
-
-def load(name: str, prefix: str = "") -> Shapes:
-    return {prefix + key: tuple(shape) for key, shape in json.loads((DATA / name).read_text()).items()}
-
-
-LDM_TABLE = json.loads((DATA / "sd15_ldm_keys.json").read_text())
-LDM: Shapes = {name: tuple(shape) for name, (_, shape) in LDM_TABLE.items()}
-UNET = load("sd15_unet_diffusers_shapes.json")
-VAE = load("sd15_vae_diffusers_shapes.json")
-CLIP_FLAT = load("sd15_clip_hf_shapes.json")
-CLIP = {"text_model." + name: shape for name, shape in CLIP_FLAT.items()}
-PIPELINE: Shapes = {
-    **{"unet." + name: shape for name, shape in UNET.items()},
-    **{"vae." + name: shape for name, shape in VAE.items()},
-    **{"text_encoder." + name: shape for name, shape in CLIP.items()},
-}
-OLD_VAE = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
-
-
-def old_vae(name: str) -> str:
-    for new, old in OLD_VAE.items():
-        name = name.replace(f"mid_block.attentions.0.{new}.", f"mid_block.attentions.0.{old}.")
-    return name
-
-
-def as_hra(tensors: Shapes) -> Shapes:
-    """As the HRA authors' tool leaves a file: `fixed_linear` in the adapted layers, their vectors, a control model."""
-    targets = {line.split("\t")[0].removesuffix(".hra_u") for line in hra_lines()}
-    out: Shapes = {"logvar": (1000,), "control_model.time_embed.0.weight": (1280, 320)}
-    for name, shape in tensors.items():
-        layer, _, kind = name.rpartition(".")
-        out[f"{layer}.fixed_linear.{kind}" if layer in targets else name] = shape
-        if layer in targets and kind == "weight":
-            out[f"{layer}.hra_u"] = (shape[1], 8)
-    return out
-
-
-def hra_lines() -> list[str]:
-    return (DATA / "sd15_hra_targets.txt").read_text().splitlines()
+COMPONENTS = {"sd15-unet": ("unet.", UNET), "sd15-vae": ("vae.", VAE), "sd15-text-encoder": ("text_encoder.", CLIP)}
 
 
 class TestTables:
@@ -150,78 +107,10 @@ class TestTables:
         assert len(sd15_layers()) == len(matrices)
 
 
-class TestDetect:
-    SD2_LDM = {
-        name: (*shape[:-1], 1024) if name.endswith("attn2.to_k.weight") else shape for name, shape in LDM.items()
-    }
-
-    @pytest.mark.parametrize(
-        ("tensors", "layout"),
-        [
-            (LDM, "sd15-ldm"),
-            ({**LDM, **{ema_name(n): LDM[n] for n in LDM if n.startswith("model.diff")}}, "sd15-ldm"),
-            ({n: s for n, s in LDM.items() if n not in LDM_ONLY}, "sd15-ldm"),
-            ({n: s for n, s in LDM.items() if not n.startswith(("cond_", "first_"))}, "sd15-ldm"),
-            (as_hra(LDM), "sd15-ldm"),
-            ({**LDM, "model.diffusion_model.input_blocks.0.0.weight": (320, 9, 3, 3)}, "sd15-ldm"),
-            (PIPELINE, "sd15-diffusers"),
-            ({n.replace("text_model.", ""): s for n, s in PIPELINE.items()}, "sd15-diffusers"),
-            (UNET, "sd15-unet"),
-            ({n.replace("attn1.to_q.w", "attn1.to_q.fixed_linear.w"): s for n, s in UNET.items()}, "sd15-unet"),
-            (VAE, "sd15-vae"),
-            ({old_vae(n): s for n, s in VAE.items()}, "sd15-vae"),
-            (CLIP, "sd15-text-encoder"),
-            (CLIP_FLAT, "sd15-text-encoder"),
-            ({**CLIP, "text_model.embeddings.position_ids": (1, 77)}, "sd15-text-encoder"),
-        ],
-    )
-    def test_sd15(self, tensors: Shapes, layout: str) -> None:
-        assert detect(tensors) == layout
-        assert detect(dict(reversed(tensors.items()))) == layout
-
-    @pytest.mark.parametrize(
-        "tensors",
-        [
-            {},
-            {"model.layers.0.self_attn.q_proj.weight": (4096, 4096), "lm_head.weight": (32000, 4096)},
-            {"encoder.layer.0.attention.self.query.weight": (384, 384)},
-            SD2_LDM,
-            {n: s[:2] if n.endswith("proj_in.weight") else s for n, s in LDM.items()},  # SD2's linear proj_in
-            {**LDM, "cond_stage_model.model.transformer.resblocks.0.attn.in_proj_weight": (3072, 1024)},
-            {**LDM, "conditioner.embedders.0.transformer.text_model.final_layer_norm.weight": (768,)},
-            {**LDM, "model.diffusion_model.label_emb.0.0.weight": (1280, 2816)},
-            {"model.diffusion_model.output_blocks.0.1.transformer_blocks.0.attn2.to_k.weight": (1280, 2048)},
-            {"model.diffusion_model.output_blocks.0.1.transformer_blocks.0.attn2.to_k.weight": (16, 8)},
-            {**PIPELINE, "text_encoder_2.text_model.final_layer_norm.weight": (1280,)},
-            {**UNET, "add_embedding.linear_1.weight": (1280, 2816)},
-            {n: (*s[:-1], 1024) if n.endswith("attn2.to_k.weight") else s for n, s in UNET.items()},
-            {**UNET, "down_blocks.2.attentions.0.transformer_blocks.1.attn1.to_q.weight": (1280, 1280)},
-            {n: s for n, s in VAE.items() if "quant_conv" not in n},  # Flux, SD3
-            {**CLIP, "vision_model.post_layernorm.weight": (768,)},
-            {**CLIP, "text_projection.weight": (768, 768)},
-            {**CLIP, "text_model.embeddings.token_embedding.weight": (49408, 1024)},  # SD2's text encoder
-            {n: s for n, s in LDM.items() if n.startswith("first_stage_model.")},
-        ],
-    )
-    def test_not_sd15(self, tensors: Shapes) -> None:
-        assert detect(tensors) == "plain"
-
-    def test_a_small_pipeline_with_the_same_grammar_is_diffusers(self) -> None:
-        block = "unet.up_blocks.0.attentions.0."
-        tensors = {
-            block + "proj_in.weight": (8, 8, 1, 1),
-            block + "transformer_blocks.0.attn2.to_k.weight": (8, 32),
-            "text_encoder.encoder.layers.0.mlp.fc1.weight": (8, 8),
-        }
-        assert detect(tensors) == "sd15-diffusers"
-
-
 class TestNames:
-    COMPONENTS = {"sd15-unet": ("unet.", UNET), "sd15-vae": ("vae.", VAE), "sd15-text-encoder": ("text_encoder.", CLIP)}
-
     @pytest.mark.parametrize("layout", COMPONENTS)
     def test_a_component_there_and_back(self, layout: str) -> None:
-        prefix, tensors = self.COMPONENTS[layout]
+        prefix, tensors = COMPONENTS[layout]
         for name in tensors:
             assert to_canonical(name, layout) == prefix + name
             assert from_canonical(prefix + name, layout) == name
@@ -275,7 +164,7 @@ class TestNames:
         assert fingerprint_name(canonical) == local
 
     def test_a_fingerprint_name_is_the_same_in_every_layout(self) -> None:
-        for layout, (prefix, tensors) in self.COMPONENTS.items():
+        for layout, (prefix, tensors) in COMPONENTS.items():
             for name in tensors:
                 ldm = to_canonical(from_canonical(prefix + name, "sd15-ldm") or "", "sd15-ldm")
                 assert fingerprint_name(ldm) == fingerprint_name(to_canonical(name, layout))

@@ -10,26 +10,20 @@ hra-repo    X.hra_u in a checkpoint, or .processor.to_q_hra.hra_u              h
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from ortho_cli import registry
 from ortho_cli.checkpoints.header import printable
 from ortho_cli.checkpoints.store import Checkpoint, open_checkpoint, read_json
 from ortho_cli.errors import CheckpointError
 
-from .contents import Contents
-from .diffusers_lora import METADATA_KEY, read_diffusers
+from .contents import Contents, Dialect
 from .hra_repo import RAW_VECTORS, read_hra
-from .kohya import PREFIXES, read_kohya
-from .peft import PREFIX, read_peft
+from .peft import PREFIX
 
 __all__ = ["detect", "read"]
-
-_LORA = re.compile(r"(\.lora_[AB](\.default)?\.(weight|bias)|\.lora\.(down|up)\.weight|_lora\.(down|up)\.weight|"
-                   r"\.lora_linear_layer\.(down|up)\.weight|\.lora_magnitude_vector)$")  # fmt: skip
-_BASE_WEIGHT = re.compile(r"\.(fixed_linear\.)?weight$")
 
 
 def detect(names: Collection[str], config: Mapping[str, Any], metadata: Mapping[str, str]) -> str:
@@ -46,24 +40,14 @@ def detect(names: Collection[str], config: Mapping[str, Any], metadata: Mapping[
     >>> detect(["lora_unet_mid_block_attentions_0_proj_in.alpha"], {}, {})
     'kohya'
     """
-    if "peft_type" in config:
-        return "peft"
-    if any(name.startswith(PREFIXES) for name in names):
-        return "kohya"
-    reflections = any(name.endswith(".hra_u") for name in names)
+    for name in registry.names("dialects"):
+        if _dialect(name).claims(names, config, metadata):
+            return name
     if any(name.startswith(PREFIX) for name in names):
         raise CheckpointError(
             "PEFT tensors without adapter_config.json, which says how they act",
             hint="name the folder that holds adapter_config.json and adapter_model.safetensors",
         )
-    if reflections and METADATA_KEY in metadata:
-        return "diffusers"
-    if reflections and "ortho.method" in metadata and not any(_BASE_WEIGHT.search(name) for name in names):
-        return "ortho"
-    if reflections:
-        return "hra-repo"
-    if any(_LORA.search(name) for name in names):
-        return "diffusers"
     sample = printable(min(names)) if names else ""
     raise CheckpointError(
         f"no adapter: {len(names)} tensors, none named as in any dialect (the first is {sample!r})",
@@ -85,21 +69,19 @@ def read(checkpoint: Checkpoint) -> tuple[str, Contents, dict[str, Any], dict[st
         return "+".join(sorted(dialects)), contents, configs, metadata
     config = dict(checkpoint.config) if checkpoint.kind == "adapter" else _config_beside(checkpoint)
     try:
-        dialect = detect(checkpoint.tensors, config, metadata)
+        name = detect(checkpoint.tensors, config, metadata)
     except CheckpointError as error:
         raise CheckpointError(error.message, hint=error.hint, where=where) from error
-    if dialect == "kohya":
-        return dialect, read_kohya(checkpoint.tensors, where), {}, metadata
-    if dialect == "diffusers":
-        contents, config = read_diffusers(checkpoint.tensors, metadata, where)
-        return dialect, contents, config, metadata
-    if dialect != "peft":
-        return dialect, read_hra(checkpoint.tensors, metadata, where), {}, metadata
-    dialect, contents = read_peft(checkpoint.tensors, config, where)
+    dialect, contents, config = _dialect(name).read(checkpoint.tensors, config, metadata, where)
     raw = _folder(checkpoint) / RAW_VECTORS
-    if raw.is_file():
+    if name == "peft" and raw.is_file():
         return "ortho", _with_vectors(contents, raw), config, {**metadata, **open_checkpoint(raw).metadata}
     return dialect, contents, config, metadata
+
+
+def _dialect(name: str) -> Dialect:
+    found: Dialect = registry.resolve("dialects", name)
+    return found
 
 
 def _folder(checkpoint: Checkpoint) -> Path:

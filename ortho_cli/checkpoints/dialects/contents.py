@@ -7,17 +7,34 @@ understood, because a silently skipped tensor is a silently wrong merge.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Any
+from itertools import islice
+from typing import Any, NamedTuple
 
 from ortho_cli.checkpoints.adapters import AdapterLayer, Addition
 from ortho_cli.checkpoints.header import printable
 from ortho_cli.checkpoints.tensors import TensorInfo
 from ortho_cli.errors import CheckpointError
 
-__all__ = ["Contents", "nearest", "ortho_method", "unclaimed"]
+__all__ = ["Contents", "Dialect", "nearest", "ortho_method", "unclaimed"]
+
+MAX_COMPARED = 2000  # names a hint is looked for among: comparing is slow, and an adapter has no more
+
+
+class Dialect(NamedTuple):
+    """One dialect, as `registry` lists it.
+
+    Attributes:
+        claims: (tensor names, ``adapter_config.json`` or empty, metadata) -> whether the file is the dialect's.
+        read: (tensors, configuration, metadata, file) -> the dialect's exact name, the contents, the configuration.
+    """
+
+    claims: Callable[[Collection[str], Mapping[str, Any], Mapping[str, str]], bool]
+    read: Callable[
+        [Mapping[str, TensorInfo], Mapping[str, Any], Mapping[str, str], str], tuple[str, Contents, dict[str, Any]]
+    ]
 
 
 @dataclass
@@ -36,6 +53,27 @@ class Contents:
         """Nothing was found."""
         return not (self.layers or self.replacements or self.additions or self.row_replacements)
 
+    def add_layer(self, name: str, layer: AdapterLayer, where: str) -> None:
+        """Add a layer that no other tensors have described yet.
+
+        Raises:
+            CheckpointError: two sets of tensors are for the same layer.
+        """
+        if name in self.layers:
+            other = next(iter(self.layers[name].tensors.values())).name
+            found = next(iter(layer.tensors.values())).name
+            raise CheckpointError(
+                f"{printable(other)!r} and {printable(found)!r} are for the same layer {name!r}", where=where
+            )
+        self.layers[name] = layer
+
+    def rename(self, rename: Callable[[str], str]) -> None:
+        """Give every layer and tensor another name."""
+        self.layers = {rename(name): layer for name, layer in self.layers.items()}
+        self.replacements = {rename(name): info for name, info in self.replacements.items()}
+        self.additions = {rename(name): addition for name, addition in self.additions.items()}
+        self.row_replacements = {rename(name): rows for name, rows in self.row_replacements.items()}
+
     def take(self, other: Contents, component: str = "") -> None:
         """Add the parts of another folder or component, its names under ``component.``."""
         prefix = f"{component}." if component else ""
@@ -53,7 +91,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
     >>> nearest("to_qq", ["to_q", "to_k", "ff.net"])
     'nearest names: to_q, to_k'
     """
-    close = get_close_matches(name, list(known), n=2, cutoff=0.5)
+    close = get_close_matches(name, list(islice(known, MAX_COMPARED)), n=2, cutoff=0.5)
     return f"nearest names: {', '.join(close)}" if close else ""
 
 

@@ -12,17 +12,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from ortho_cli.checkpoints.layouts import to_canonical
 from ortho_cli.checkpoints.tensors import TensorInfo
 from ortho_cli.errors import CheckpointError
 
-from .contents import Contents
-from .peft import read_peft
+from .contents import Contents, Dialect
+from .peft import PREFIX, read_peft
 
-__all__ = ["METADATA_KEY", "modern_name", "read_diffusers"]
+__all__ = ["DIALECT", "METADATA_KEY", "modern_name", "read_diffusers"]
 
 METADATA_KEY = "lora_adapter_metadata"
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2", "text_encoder_3", "transformer", "prior")
@@ -75,7 +75,7 @@ def read_diffusers(
         contents.take(found, component)
     if not config:
         contents.notes.append("no configuration in the file: alpha is taken to be the rank, as diffusers does")
-    contents.layers = {to_canonical(name, "sd15-diffusers"): layer for name, layer in contents.layers.items()}
+    contents.rename(lambda name: to_canonical(name, "sd15-diffusers"))
     return contents, config
 
 
@@ -97,3 +97,24 @@ def _config(metadata: Mapping[str, str], where: str) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"metadata field {METADATA_KEY} is not a JSON object", where=where)
     return content
+
+
+_LORA = re.compile(r"(\.lora_[AB](\.default)?\.(weight|bias)|\.lora\.(down|up)\.weight|_lora\.(down|up)\.weight|"
+                   r"\.lora_linear_layer\.(down|up)\.weight|\.lora_magnitude_vector)$")  # fmt: skip
+
+
+def _claims(names: Collection[str], config: Mapping[str, Any], metadata: Mapping[str, str]) -> bool:
+    """LoRA's names without PEFT's prefix; or any tuner's, saved by diffusers with the configuration in the metadata."""
+    if METADATA_KEY in metadata and any(name.endswith(".hra_u") for name in names):
+        return True
+    return any(_LORA.search(name) for name in names) and not any(name.startswith(PREFIX) for name in names)
+
+
+def _read(
+    tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], metadata: Mapping[str, str], where: str
+) -> tuple[str, Contents, dict[str, Any]]:
+    contents, found = read_diffusers(tensors, metadata, where)
+    return "diffusers", contents, found
+
+
+DIALECT = Dialect(_claims, _read)

@@ -8,7 +8,8 @@ records whether the vectors were trained with Gram-Schmidt.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from typing import Any
 
 from ortho_cli.checkpoints.adapters import AdapterLayer
 from ortho_cli.checkpoints.layouts import detect as detect_layout
@@ -16,11 +17,12 @@ from ortho_cli.checkpoints.layouts import to_canonical
 from ortho_cli.checkpoints.tensors import TensorInfo
 from ortho_cli.errors import CheckpointError
 
-from .contents import Contents, ortho_method, unclaimed
+from .contents import Contents, Dialect, ortho_method, unclaimed
 from .kinds import check_layer
+from .peft import PREFIX
 from .peft_config import number
 
-__all__ = ["RAW_VECTORS", "read_hra"]
+__all__ = ["DIALECT", "RAW_VECTORS", "VECTORS", "read_hra"]
 
 RAW_VECTORS = "hra.safetensors"
 _SUBJECT = re.compile(r"(?:unet\.)?(.+)\.processor\.(to_q|to_k|to_v|to_out)_hra\.hra_u")
@@ -41,8 +43,9 @@ def read_hra(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str], whe
         raise CheckpointError(f"ortho.method names the side {side!r}; there are input and output", where=where)
     options: dict[str, object] = {
         "side": side,
-        "eps": number(method, "eps", 0.0, where),
-        "gram_schmidt": bool(method.get("gram_schmidt")),
+        "eps": number(method, "eps", 0.0, where, least=0.0),
+        # `gram_schmidt` says how the vectors were made: with a frozen start they are stored as a plain chain of 2r.
+        "gram_schmidt": bool(method.get("apply_GS")),
     }
     layout = detect_layout({name: info.shape for name, info in tensors.items()})
     contents = Contents()
@@ -57,12 +60,12 @@ def read_hra(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str], whe
             module = "to_out.0" if subject[2] == "to_out" else subject[2]
             canonical = to_canonical(f"{subject[1]}.{module}", "sd15-unet")
         else:
-            canonical = to_canonical(layer, layout)
+            canonical = to_canonical(layer.removeprefix(PREFIX), layout)
             if f"{layer}.fixed_linear.weight" in tensors or f"{layer}.weight" in tensors:
                 with_weight += 1
             else:
                 without.append(layer)
-        contents.layers[canonical] = check_layer(canonical, AdapterLayer("hra", {"vectors": info}, options))
+        contents.add_layer(canonical, check_layer(canonical, AdapterLayer("hra", {"vectors": info}, options)), where)
     if with_weight and without:
         raise CheckpointError(f"layer {without[0]!r} has vectors (hra_u) but no weight", where=where)
     strange = [] if with_weight else [name for name in rest if not _SUBJECT_BUFFERS.fullmatch(name)]
@@ -73,3 +76,28 @@ def read_hra(tensors: Mapping[str, TensorInfo], metadata: Mapping[str, str], whe
             "the file does not say whether its vectors were trained with Gram-Schmidt; taken as plain"
         )
     return contents
+
+
+_BASE_WEIGHT = re.compile(r"\.(fixed_linear\.)?weight$")
+
+
+def _holds_vectors(names: Collection[str], config: Mapping[str, Any], metadata: Mapping[str, str]) -> bool:
+    """Reflections in a checkpoint, not under PEFT's names."""
+    return any(name.endswith(".hra_u") for name in names) and not any(name.startswith(PREFIX) for name in names)
+
+
+def _only_vectors(names: Collection[str], config: Mapping[str, Any], metadata: Mapping[str, str]) -> bool:
+    """Reflections alone, in a file that says how they act."""
+    return (
+        "ortho.method" in metadata
+        and any(name.endswith(".hra_u") for name in names)
+        and not any(_BASE_WEIGHT.search(name) for name in names)
+    )
+
+
+DIALECT = Dialect(
+    _holds_vectors, lambda tensors, config, metadata, where: ("hra-repo", read_hra(tensors, metadata, where), {})
+)
+VECTORS = Dialect(
+    _only_vectors, lambda tensors, config, metadata, where: ("ortho", read_hra(tensors, metadata, where), {})
+)

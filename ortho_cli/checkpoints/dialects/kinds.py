@@ -179,6 +179,8 @@ def _lokr_flaw(shape: dict[str, tuple[int, ...]]) -> str | None:
         if f"w{index}" in shape:
             if len(shape[f"w{index}"]) < 2:
                 return f"w{index} has shape {shape[f'w{index}']}"
+            if {f"w{index}_a", f"w{index}_b", f"t{index}"} & shape.keys():
+                return f"w{index} is there whole and in factors"
             continue
         if f"w{index}_a" not in shape or f"w{index}_b" not in shape:
             return f"neither w{index} nor both of w{index}_a and w{index}_b are there"

@@ -21,16 +21,16 @@ from ortho_cli.checkpoints.layouts import canonical_to_ldm, kohya_layers, sd15_l
 from ortho_cli.checkpoints.tensors import TensorInfo
 from ortho_cli.errors import CheckpointError
 
-from .contents import Contents, nearest, unclaimed
+from .contents import Contents, Dialect, nearest, unclaimed
 from .kinds import check_layer
 
-__all__ = ["PREFIXES", "canonical_layer", "read_kohya"]
+__all__ = ["DIALECT", "PREFIXES", "canonical_layer", "read_kohya"]
 
 PREFIXES = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "oft_unet_", "lycoris_")
 ROLES: dict[str, tuple[str, str]] = {
     **{f"lora_{role}.weight": ("lora", role) for role in ("down", "up", "mid")},
     **{f"hada_{role}": ("loha", role) for role in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")},
-    **{f"lokr_{role}": ("lokr", role) for role in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t1", "t2")},
+    **{f"lokr_{role}": ("lokr", role) for role in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")},
     "oft_blocks": ("diag-oft", "blocks"),
     "rescale": ("diag-oft", "rescale"),
     "alpha": ("", "alpha"),
@@ -98,13 +98,14 @@ def read_kohya(tensors: Mapping[str, TensorInfo], where: str) -> Contents:
         layer = canonical_layer(flat)
         if layer is None:
             raise _unknown(flat, len(found), where)
-        if layer in contents.layers:
-            raise CheckpointError(f"two sets of tensors for layer {layer!r} ({printable(flat)})", where=where)
         for role in parts.keys() & ADDED.keys():
-            contents.additions[f"{layer}.{ADDED[role]}"] = Addition(parts.pop(role))
+            name = f"{layer}.{ADDED[role]}"
+            if name in contents.additions:
+                raise CheckpointError(f"{printable(flat)}.{role} is a second difference for {name!r}", where=where)
+            contents.additions[name] = Addition(parts.pop(role))
         made = _layer(flat, layer, parts, where)
         if made is not None:
-            contents.layers[layer] = made
+            contents.add_layer(layer, made, where)
     return contents
 
 
@@ -147,3 +148,9 @@ def _unknown(flat: str, total: int, where: str) -> CheckpointError:
         hint=sdxl or close or "only adapters for SD1.x are read in kohya's naming; convert it to PEFT's first",
         where=where,
     )
+
+
+DIALECT = Dialect(
+    claims=lambda names, config, metadata: any(name.startswith(PREFIXES) for name in names),
+    read=lambda tensors, config, metadata, where: ("kohya", read_kohya(tensors, where), {}),
+)

@@ -16,11 +16,11 @@ from ortho_cli.checkpoints.tensors import TensorInfo
 from ortho_cli.errors import CheckpointError
 
 from . import peft_extras
-from .contents import Contents, unclaimed
+from .contents import Contents, Dialect, unclaimed
 from .kinds import check_layer, rank_of
 from .peft_config import layer_value, number, refuse_unsupported
 
-__all__ = ["PREFIX", "read_peft"]
+__all__ = ["DIALECT", "PREFIX", "read_peft"]
 
 PREFIX = "base_model.model."
 # Suffix of a tensor name -> role, for each type that is read; the type's kind stands first.
@@ -68,7 +68,8 @@ def read_peft(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], wher
         if not suffix:
             rest[key] = info
             continue
-        found.setdefault(layer, {})[roles[suffix]] = info
+        if found.setdefault(layer, {}).setdefault(roles[suffix], info) is not info:
+            raise CheckpointError(f"{name!r} and {found[layer][roles[suffix]].name!r} are the same factor", where=where)
         if "embedding" in suffix:
             embeddings.add(layer)
     dialect = "peft"
@@ -84,8 +85,8 @@ def read_peft(tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], wher
             contents.additions[f"{layer}.bias"] = Addition(bias, float(str(made.options["scale"])))
     left = peft_extras.read_extras(rest, config, contents, where)
     if left:
-        known = [f"{layer}.{role}" for layer in found for role in roles] or [f"<layer>.{role}" for role in roles]
-        raise unclaimed(left, known, where)
+        known = [info.name for parts in found.values() for info in parts.values()]
+        raise unclaimed([info.name for info in left.values()], known or [f"layer.{role}" for role in roles], where)
     _note(dialect, peft_type, config, contents)
     return dialect, contents
 
@@ -113,7 +114,7 @@ def _options(
             )
         return {
             "side": "output",
-            "eps": 0.0 if config.get("apply_GS") else number(config, "eps", LLAMA_EPS, where),
+            "eps": 0.0 if config.get("apply_GS") else number(config, "eps", LLAMA_EPS, where, least=0.0),
             "gram_schmidt": bool(config.get("apply_GS")),
         }
     if kind == "hra":
@@ -151,10 +152,10 @@ def _oft_options(config: Mapping[str, Any], where: str) -> dict[str, object]:
         version = re.match(r"(\d+)\.(\d+)", str(config.get("peft_version") or "0.0"))
         recent = version is not None and (int(version[1]), int(version[2])) >= (0, 18)
         options["cayley"] = "neumann" if recent else "neumann-0.17"
-        options["terms"] = int(number(config, "num_cayley_neumann_terms", 5, where))
+        options["terms"] = int(number(config, "num_cayley_neumann_terms", 5, where, least=1))
     if config.get("coft"):
         # PEFT projects onto this ball before each use; the last optimizer step may have left it.
-        options["coft_eps"] = number(config, "eps", 6e-5, where)
+        options["coft_eps"] = number(config, "eps", 6e-5, where, least=0.0)
     return options
 
 
@@ -196,3 +197,13 @@ def _note(dialect: str, peft_type: str, config: Mapping[str, Any], contents: Con
         and any((rank_of(layer) or 0) % 2 for layer in contents.layers.values())
     ):
         contents.notes.append("odd number of reflections: the adapter has determinant -1 and cannot be the identity")
+
+
+def _read(
+    tensors: Mapping[str, TensorInfo], config: Mapping[str, Any], metadata: Mapping[str, str], where: str
+) -> tuple[str, Contents, dict[str, Any]]:
+    dialect, contents = read_peft(tensors, config, where)
+    return dialect, contents, dict(config)
+
+
+DIALECT = Dialect(claims=lambda names, config, metadata: "peft_type" in config, read=_read)

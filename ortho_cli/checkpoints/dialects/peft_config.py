@@ -11,6 +11,7 @@ from ortho_cli.errors import CheckpointError
 
 __all__ = ["layer_value", "number", "refuse_unsupported"]
 
+LIMIT = 1e18  # no rank, alpha or eps is near it; a longer integer does not even become a float
 # LoRA options under which B A is not what is added to the weight; value: why such an adapter cannot be merged.
 UNSUPPORTED = {
     "alora_invocation_tokens": "aLoRA acts on some tokens only",
@@ -36,13 +37,13 @@ def refuse_unsupported(peft_type: str, config: Mapping[str, Any], where: str) ->
             raise CheckpointError(f"a LoRA with {option} cannot be read as a change of weights: {reason}", where=where)
 
 
-def number(config: Mapping[str, Any], key: str, default: float, where: str) -> float:
-    """A number of the configuration, `default` where it is absent.
+def number(config: Mapping[str, Any], key: str, default: float, where: str, *, least: float = -LIMIT) -> float:
+    """A number of the configuration, `default` where it is absent, at least `least`.
 
     >>> number({"r": 4}, "r", 8, "adapter_config.json")
     4
     """
-    return _as_number(config.get(key, default), key, where)
+    return _as_number(config.get(key, default), key, where, least)
 
 
 def layer_value(config: Mapping[str, Any], key: str, layer: str, default: float, where: str) -> float:
@@ -71,8 +72,8 @@ def layer_value(config: Mapping[str, Any], key: str, layer: str, default: float,
     return default
 
 
-def _as_number(value: Any, key: str, where: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < float("inf"):
+def _as_number(value: Any, key: str, where: str, least: float = -LIMIT) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= LIMIT:
         raise CheckpointError(
             f"configuration field {key} is {printable(str(value))!r}, a number was expected", where=where
         )

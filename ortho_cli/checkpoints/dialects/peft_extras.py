@@ -47,7 +47,7 @@ def read_extras(
         elif ".original_module." in key:
             originals += 1  # the frozen copy of a saved module: the base has it
         else:
-            name = _replaced(key, config)
+            name = _replaced(key, config, where)
             if name is None:
                 left[key] = info
             else:
@@ -57,7 +57,7 @@ def read_extras(
     return left
 
 
-def _replaced(key: str, config: Mapping[str, Any]) -> str | None:
+def _replaced(key: str, config: Mapping[str, Any], where: str) -> str | None:
     """The base tensor that a saved tensor replaces, None where nothing says that it replaces one."""
     wrapped = re.sub(r"\.(?:token_adapter\.)?base_layer\.(?=(?:weight|bias)$)", ".", key)
     if wrapped != key:
@@ -66,7 +66,9 @@ def _replaced(key: str, config: Mapping[str, Any]) -> str | None:
     if saved != key:
         return saved
     module, _, last = key.rpartition(".")
-    modules = config.get("modules_to_save") or ()
+    modules = config.get("modules_to_save") or []
+    if not isinstance(modules, list):  # a text would match by its letters
+        raise CheckpointError(f"modules_to_save is {str(modules)[:80]!r}, a list was expected", where=where)
     parts = module.split(".")
     if any(".".join(parts[:end]).endswith(str(name)) for end in range(1, len(parts) + 1) for name in modules):
         return key

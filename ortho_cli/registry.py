@@ -1,0 +1,50 @@
+"""What can be named in a recipe or on the command line, and where it lives: name -> "module:attribute".
+
+Nothing is imported until `resolve` is asked, so listing names costs nothing. Adding a thing is one new file and one
+line here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from typing import Any
+
+from ortho_cli.errors import UsageError
+
+__all__ = ["TABLES", "names", "resolve"]
+
+TABLES: dict[str, dict[str, str]] = {
+    # How adapter files are told and read; the first that claims a file reads it.
+    "dialects": {
+        "peft": "ortho_cli.checkpoints.dialects.peft:DIALECT",
+        "kohya": "ortho_cli.checkpoints.dialects.kohya:DIALECT",
+        "diffusers": "ortho_cli.checkpoints.dialects.diffusers_lora:DIALECT",
+        "ortho": "ortho_cli.checkpoints.dialects.hra_repo:VECTORS",
+        "hra-repo": "ortho_cli.checkpoints.dialects.hra_repo:DIALECT",
+    },
+}
+
+
+def names(table: str) -> list[str]:
+    """The names of one table, in its order.
+
+    >>> names("dialects")
+    ['peft', 'kohya', 'diffusers', 'ortho', 'hra-repo']
+    """
+    return list(TABLES[table])
+
+
+def resolve(table: str, name: str) -> Any:
+    """Import what a name stands for.
+
+    Raises:
+        UsageError: no such name; the hint gives the nearest.
+    """
+    entry = TABLES[table].get(name)
+    if entry is None:
+        near = difflib.get_close_matches(name, TABLES[table], 1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise UsageError(f"no {table.removesuffix('s')} {name!r}", hint=f"{hint}known: {', '.join(TABLES[table])}")
+    module, _, attribute = entry.partition(":")
+    return getattr(importlib.import_module(module), attribute)
