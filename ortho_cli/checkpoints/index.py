@@ -6,14 +6,16 @@ it), of the index's own kind, and it must agree with what the shards really hold
 
 from __future__ import annotations
 
-import json
+from collections.abc import Collection
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import NoReturn
 
 from ortho_cli.errors import CheckpointError
-from .header import printable
 
-__all__ = ["MAX_INDEX_BYTES", "check_against_shards", "index_names", "read_index"]
+from .header import printable
+from .strict_json import RepeatedKeyError, parse_strict
+
+__all__ = ["MAX_INDEX_BYTES", "check_against_shards", "index_names", "links_out", "read_index"]
 
 MAX_INDEX_BYTES = 10_000_000  # the hub client's own limit
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt")
@@ -28,23 +30,27 @@ def read_index(path: Path) -> tuple[dict[str, str], int | None]:
     try:
         if path.stat().st_size > MAX_INDEX_BYTES:
             _fail(path, f"index of {path.stat().st_size:,} bytes is over the limit of {MAX_INDEX_BYTES:,}")
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = parse_strict(path.read_bytes())
+    except RepeatedKeyError as error:
+        _fail(path, f"{printable(error.key[:200])!r} appears twice in the index")
+    except (OSError, ValueError) as error:
         _fail(path, f"index cannot be read: {str(error)[:120]}")
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         _fail(path, "index has no weight_map")
-    for shard in set(map(str, weight_map.values())):
-        _check_shard_name(path, shard)
     if not all(isinstance(shard, str) for shard in weight_map.values()):
         _fail(path, "index names a shard that is not text")
-    metadata = content.get("metadata") or {}
+    for shard in sorted(set(weight_map.values())):
+        _check_shard_name(path, shard)
+    metadata = content.get("metadata")
     total = metadata.get("total_size") if isinstance(metadata, dict) else None
-    return weight_map, int(total) if isinstance(total, (int, float)) and not isinstance(total, bool) else None
+    if total is not None and (isinstance(total, bool) or not isinstance(total, (int, float)) or total != total // 1):
+        _fail(path, "the index's total_size is no number of bytes")
+    return weight_map, None if total is None else int(total)
 
 
 def _check_shard_name(path: Path, shard: str) -> None:
-    shown = printable(shard)
+    shown = printable(shard[:200])
     windows, posix = PureWindowsPath(shard), PurePosixPath(shard)
     if windows.drive or windows.root or posix.is_absolute() or len(windows.parts) != 1 or shard in (".", "..", ""):
         _fail(path, f"shard name {shown!r} is not a plain file name")
@@ -53,12 +59,24 @@ def _check_shard_name(path: Path, shard: str) -> None:
     if wants_pickle != is_pickle or (not is_pickle and not shard.endswith(".safetensors")):
         _fail(path, f"shard {shown!r} is not of the kind that {path.name} lists")
     target = path.parent / shard
-    if not target.is_file():
+    try:
+        found = target.is_file()
+    except OSError:  # a name too long to be a file's
+        found = False
+    if not found:
         _fail(path, f"shard {shown!r} is missing")
-    # A hub cache links snapshots to blobs: a link may leave the snapshot, but not the folder of its model.
-    roots = {path.parent.resolve(), *(parent.resolve() for parent in path.absolute().parents if _is_hub_folder(parent))}
-    if not any(target.resolve().is_relative_to(root) for root in roots):
+    if links_out(target, path.parent):
         _fail(path, f"shard {shown!r} is a link out of the folder")
+
+
+def links_out(path: Path, folder: Path) -> bool:
+    """Whether following links from `path`, below `folder`, leads out of it.
+
+    A hub cache links snapshots to blobs: a link may leave the snapshot, but not the folder of its model.
+    """
+    models = (parent for parent in folder.absolute().parents if _is_hub_folder(parent))
+    target = path.resolve()
+    return not any(target.is_relative_to(root.resolve()) for root in (folder, *models))
 
 
 def _is_hub_folder(folder: Path) -> bool:
@@ -66,19 +84,30 @@ def _is_hub_folder(folder: Path) -> bool:
 
 
 def check_against_shards(
-    path: Path, weight_map: dict[str, str], found: dict[str, str], total_size: int | None, total_bytes: int
+    path: Path, weight_map: dict[str, str], found: dict[str, str], total_size: int | None, total_bytes: Collection[int]
 ) -> None:
-    """Refuse an index that disagrees with its shards (`found`: tensor name -> shard it really lies in)."""
+    """Refuse an index that disagrees with its shards.
+
+    Args:
+        path: the index.
+        weight_map: tensor name -> shard, as the index says.
+        found: tensor name -> shard it really lies in.
+        total_size: what the index says all tensors take, if it does.
+        total_bytes: what they take, in each way it is counted (tied tensors of pickles once, or each time).
+
+    Raises:
+        CheckpointError: naming the first tensor that is elsewhere, or the two sizes.
+    """
     for name, shard in weight_map.items():
         if found.get(name) != shard:
             place = f"lies in {printable(found[name])!r}" if name in found else "is in no shard"
-            _fail(path, f"tensor {printable(name)!r} is listed in {printable(shard)!r} but {place}")
+            _fail(path, f"tensor {printable(name[:200])!r} is listed in {printable(shard)!r} but {place}")
     extra = sorted(found.keys() - weight_map.keys())
     if extra:
         _fail(path, f"{len(extra)} tensors are in the shards but not in the index, first {printable(extra[0])!r}")
-    if total_size is not None and total_size != total_bytes:
+    if total_size is not None and total_size not in total_bytes:
         raise CheckpointError(
-            f"index says total_size {total_size:,}, the shards hold {total_bytes:,} bytes of tensors",
+            f"index says total_size {total_size:,}, the shards hold {max(total_bytes):,} bytes of tensors",
             hint="a shard may be from another model; if the shards are right, delete metadata.total_size",
             where=str(path),
         )

@@ -66,6 +66,7 @@ def read(checkpoint: Checkpoint) -> tuple[str, Contents, dict[str, Any], dict[st
             dialect, found, configs[component], _ = read(part)
             contents.take(found, component)
             dialects.add(dialect)
+        contents.rename(lambda name: to_canonical(name, "sd15-diffusers"))  # `text_model.`, which CLIP has lost
         return "+".join(sorted(dialects)), contents, configs, metadata
     config = dict(checkpoint.config) if checkpoint.kind == "adapter" else _config_beside(checkpoint)
     try:

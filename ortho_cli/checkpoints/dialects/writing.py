@@ -10,32 +10,31 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ortho_cli.checkpoints.layouts import canonical_to_ldm, kohya_name
+from ortho_cli.checkpoints.layouts import canonical_to_ldm, component_name, kohya_name
 
 from .diffusers_lora import METADATA_KEY
 from .peft import PREFIX
 
 __all__ = [
-    "component_of",
     "diffusers_metadata",
     "hra_tensor_name",
     "kohya_metadata",
     "lora_tensor_names",
     "peft_config",
+    "peft_name",
 ]
 
-# Components of a pipeline that are models of their own for PEFT, which then knows nothing of the pipeline.
-COMPONENTS = ("unet", "text_encoder")
 
+def peft_name(layer: str) -> str:
+    """What PEFT calls a canonical or native layer: its name inside its component, which knows of no pipeline.
 
-def component_of(layer: str) -> tuple[str, str]:
-    """The component of a canonical layer and the rest; ("", layer) where there is none.
-
-    >>> component_of("unet.conv_in"), component_of("model.layers.0.mlp")
-    (('unet', 'conv_in'), ('', 'model.layers.0.mlp'))
+    >>> peft_name("unet.conv_in"), peft_name("model.layers.0.mlp")
+    ('conv_in', 'model.layers.0.mlp')
+    >>> peft_name("text_model.final_layer_norm")  # CLIP as a whole still has a `text_model`
+    'text_model.final_layer_norm'
     """
-    first, _, rest = layer.partition(".")
-    return (first, rest) if first in COMPONENTS else ("", layer)
+    component, local = component_name(layer)
+    return local if component else layer
 
 
 def lora_tensor_names(dialect: str, layer: str) -> dict[str, str]:
@@ -58,7 +57,7 @@ def lora_tensor_names(dialect: str, layer: str) -> dict[str, str]:
         return {"down": f"{flat}.lora_down.weight", "up": f"{flat}.lora_up.weight", "alpha": f"{flat}.alpha"}
     if dialect not in ("peft-lora", "diffusers-lora"):
         raise ValueError(f"no LoRA dialect {dialect!r}; there are peft-lora, kohya-lora, diffusers-lora")
-    name = PREFIX + component_of(layer)[1] if dialect == "peft-lora" else layer
+    name = PREFIX + peft_name(layer) if dialect == "peft-lora" else layer
     return {"down": f"{name}.lora_A.weight", "up": f"{name}.lora_B.weight"}
 
 
@@ -75,7 +74,7 @@ def hra_tensor_name(dialect: str, layer: str) -> str:
     'model.diffusion_model.middle_block.1.proj_in.hra_u'
     """
     if dialect == "peft-hra":
-        return f"{PREFIX}{component_of(layer)[1]}.hra_u"
+        return f"{PREFIX}{peft_name(layer)}.hra_u"
     if dialect != "hra-repo":
         raise ValueError(f"no HRA dialect {dialect!r}; there are peft-hra and hra-repo")
     return f"{canonical_to_ldm(layer) or layer}.hra_u"

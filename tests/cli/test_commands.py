@@ -1,0 +1,179 @@
+"""The command line as a user meets it: exit codes, JSON, errors, recipes, the demo."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from ortho_cli.cli.app import app
+from ortho_cli.surgery.small_sd15 import small_sd15
+
+runner = CliRunner()
+REPORT_KEYS = {
+    "schema", "ok", "command", "inputs", "outputs", "layers", "parameters", "details", "totals", "notes", "seconds",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("base") / "v1-5-small.safetensors"
+    small_sd15(path)
+    return path
+
+
+def ortho(*words: object) -> tuple[int, str, str]:
+    result = runner.invoke(app, [str(word) for word in words])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_json_reports_have_the_promised_fields(base: Path, tmp_path: Path) -> None:
+    for words in (
+        ["inspect", base],
+        ["add-hra", base, "-o", tmp_path / "adapter"],
+        ["merge", base, tmp_path / "adapter", "-o", tmp_path / "merged.safetensors"],
+        ["convert", tmp_path / "adapter", "--to", "peft-lora", "--base", base, "-o", tmp_path / "lora"],
+    ):
+        code, out, err = ortho(*words, "--json")
+        report = json.loads(out)
+        assert code == 0 and err == "" and set(report) >= REPORT_KEYS, words
+        assert report["schema"] == 1 and report["ok"] is True and report["command"] == words[0]
+        for output in report["outputs"]:
+            assert Path(output["path"]).stat().st_size == output["bytes"]
+
+
+def test_a_failure_is_one_line_and_a_hint(base: Path, tmp_path: Path) -> None:
+    code, out, err = ortho("add-hra", base, "-o", tmp_path / "x", "--targets", "attn*.to_qq")
+    assert code == 4 and out == ""
+    assert err.startswith("error: pattern 'attn*.to_qq' matched 0 of ")
+    assert "hint: " in err and "to_q" in err and "Traceback" not in err
+
+
+def test_a_failure_with_json_is_one_object_on_stdout(tmp_path: Path) -> None:
+    code, out, err = ortho("inspect", tmp_path / "none.safetensors", "--json")
+    failure = json.loads(out)
+    assert code == 4 and err == "" and failure["ok"] is False
+    assert set(failure["error"]) == {"type", "message", "hint", "where", "exit_code"}
+    assert failure["error"]["type"] == "CheckpointError" and failure["error"]["exit_code"] == 4
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["merge"], 2),
+        (["convert", "x", "-o", "y"], 2),
+        (["no-such-verb"], 2),
+        (["add-hra", "{base}", "-o", "{tmp}/x.ckpt"], 2),
+        (["add-hra", "{base}", "-o", "{tmp}/x", "--rank", "7"], 4),
+        (["add-hra", "{base}", "-o", "{tmp}/x", "--rank", "100000"], 4),
+        (["add-hra", "{base}", "-o", "{tmp}/x", "--rank", "many"], 2),
+        (["add-hra", "{base}", "-o", "{base}"], 6),
+        (["add-hra", "--recipe", "{tmp}/none.yaml"], 3),
+        (["inspect", "{base}", "--fail-above", "1"], 2),
+        (["inspect", "{base}", "--globals"], 2),
+        (["convert", "{base}", "--to", "base", "-o", "{tmp}/x.safetensors"], 4),
+        (["convert", "{base}", "--to", "nonsense", "-o", "{tmp}/x.safetensors"], 2),
+    ],
+)
+def test_exit_codes(words: list[str], code: int, base: Path, tmp_path: Path) -> None:
+    found, _, err = ortho(*(word.format(base=base, tmp=tmp_path) for word in words))
+    assert found == code, err
+    assert err and "Traceback" not in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_dry_run_says_what_would_be_written_and_writes_nothing(base: Path, tmp_path: Path) -> None:
+    code, out, _ = ortho("add-hra", base, "-o", tmp_path / "x.safetensors", "--dry-run", "--json")
+    report = json.loads(out)
+    assert code == 0 and report["dry_run"] is True and report["outputs"] == [] and report["layers"] == 144
+    assert not list(tmp_path.iterdir())
+    ortho("add-hra", base, "-o", tmp_path / "x.safetensors", "-q")
+    assert (tmp_path / "x.safetensors").stat().st_size == report["totals"]["bytes_out"]
+
+
+def test_a_saved_recipe_repeats_the_command(base: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "again.yaml"
+    first = ["add-hra", base, "-o", tmp_path / "a", "--rank", "4", "--rank", "**.attn2.**=6", "--exclude", "to_v"]
+    assert ortho(*first, "--save-recipe", recipe, "-q")[0] == 0
+    code, _, err = ortho("add-hra", "--recipe", recipe, "-o", tmp_path / "b", "-q")
+    assert code == 0, err
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    code, _, err = ortho("merge", "--recipe", recipe)
+    assert code == 3 and "add-hra" in err
+
+
+def test_every_option_of_a_verb_is_a_recipe_key() -> None:
+    import typer
+
+    from ortho_cli.cli.arguments import RUN_OPTIONS
+    from ortho_cli.recipe.verbs import VERBS
+
+    group = typer.main.get_command(app)
+    for verb, model in VERBS.items():
+        command = group.commands[verb]  # type: ignore[attr-defined]
+        options = {parameter.name for parameter in command.params} - RUN_OPTIONS - {"help"}
+        keys = {field.alias or name for name, field in model.model_fields.items()} - {"version", "verb"}
+        assert {"as" if name == "form" else name for name in options} == keys, verb
+
+
+def test_names_that_look_like_markup_are_printed_as_they_are(tmp_path: Path) -> None:
+    import torch
+    from safetensors.torch import save_file
+
+    save_file(
+        {"[red]x[/red].weight": torch.zeros(4, 4), "a[link=http://x].weight": torch.zeros(4, 4)},
+        tmp_path / "m.safetensors",
+    )
+    code, out, _ = ortho("inspect", tmp_path / "m.safetensors", "--layers")
+    assert code == 0 and "[red]x[/red]" in out and "a[link=http://x]" in out
+
+
+def test_ctrl_c_leaves_130(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ortho_cli.surgery import plan
+
+    def interrupted(*_: object, **__: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(plan, "write_file", interrupted)
+    code, _, _ = ortho("add-hra", base, "-o", tmp_path / "x.safetensors")
+    assert code == 130
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_demo_runs_and_every_command_it_prints_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, err = ortho("demo")
+    assert code == 0, err
+    assert len(re.findall(r"^\$ ortho ", out, re.MULTILINE)) >= 9
+    assert (tmp_path / "ortho-demo" / "merged.safetensors").is_file()
+    assert ortho("demo")[0] == 6
+    (tmp_path / "ortho-demo" / "mine.txt").write_text("keep")
+    assert ortho("demo", "--force")[0] == 0
+    assert (tmp_path / "ortho-demo" / "mine.txt").read_text() == "keep"
+
+
+def test_doctor_finds_a_working_house() -> None:
+    code, out, _ = ortho("doctor", "--offline", "--json")
+    report = json.loads(out)
+    assert code == 0 and report["ok"] is True
+    assert {"python", "torch", "free disk here", "arithmetic: SVD"} <= {check["name"] for check in report["details"]}
+    assert not any("hf_" in str(check["found"]) for check in report["details"])
+
+
+def test_push_to_hub_offline_keeps_the_result_and_says_what_to_type(base: Path, tmp_path: Path) -> None:
+    code, _, err = ortho("add-hra", base, "-o", tmp_path / "a", "-q", "--push-to-hub", "me/adapter")
+    assert code == 6 and "hf upload me/adapter" in err
+    assert (tmp_path / "a" / "adapter_config.json").is_file()
+
+
+def test_module_entry_point() -> None:
+    done = subprocess.run([sys.executable, "-m", "ortho_cli", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("ortho 0.")
