@@ -30,6 +30,7 @@ _API = {
     "add_hra": "surgery.add_hra",
     "convert": "surgery.convert",
     "diff": "surgery.diff",
+    "gor_penalty": "methods.gor",
     "inspect": "surgery.inspect",
     "merge": "surgery.merge",
     "open_checkpoint": "checkpoints.store",
@@ -39,8 +40,8 @@ _API = {
 
 __all__ = [
     "Adapter", "Checkpoint", "CheckpointError", "NumericsError", "OrthoError", "OutputError", "RecipeError", "Report",
-    "TargetError", "TensorReader", "UsageError", "add_hra", "convert", "diff", "inspect", "merge", "open_checkpoint",
-    "parse_hub_id", "read_adapter",
+    "TargetError", "TensorReader", "UsageError", "add_hra", "convert", "diff", "gor_penalty", "inspect", "merge",
+    "open_checkpoint", "parse_hub_id", "read_adapter",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from .checkpoints.reading import TensorReader
     from .checkpoints.store import Checkpoint, open_checkpoint
     from .errors import CheckpointError, NumericsError, OrthoError, OutputError, RecipeError, TargetError, UsageError
+    from .methods.gor import gor_penalty
     from .surgery.add_hra import add_hra
     from .surgery.convert import convert
     from .surgery.diff import diff

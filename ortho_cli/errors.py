@@ -13,6 +13,8 @@ Exit 130 is Ctrl-C. Library code raises; only `cli` catches and prints. `ValueEr
 
 from __future__ import annotations
 
+import difflib
+
 __all__ = [
     "CheckpointError",
     "NumericsError",
@@ -21,6 +23,7 @@ __all__ = [
     "RecipeError",
     "TargetError",
     "UsageError",
+    "check_choice",
 ]
 
 
@@ -84,3 +87,16 @@ class OutputError(OrthoError):
     """An output that may not or cannot be written."""
 
     exit_code = 6
+
+
+def check_choice(option: str, value: str | None, choices: tuple[str, ...]) -> None:
+    """Refuse a word that is none of an option's choices (None: the option was not given).
+
+    Raises:
+        UsageError: with the nearest choice.
+    """
+    if value is None or value in choices:
+        return
+    near = difflib.get_close_matches(value, choices, 1)
+    hint = f"did you mean {near[0]!r}?" if near else f"one of {', '.join(choices)}"
+    raise UsageError(f"{option} {value!r} is none of {', '.join(choices)}", hint=hint)

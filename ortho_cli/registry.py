@@ -23,6 +23,26 @@ TABLES: dict[str, dict[str, str]] = {
         "ortho": "ortho_cli.checkpoints.dialects.hra_repo:VECTORS",
         "hra-repo": "ortho_cli.checkpoints.dialects.hra_repo:DIALECT",
     },
+    # Architectures: builders that take a recipe's section, the classes, and the pictures' channels and size.
+    "models": {
+        "resnet20": "ortho_cli.models.resnet_cifar:build",
+        "resnet32": "ortho_cli.models.resnet_cifar:build",
+        "resnet44": "ortho_cli.models.resnet_cifar:build",
+        "resnet56": "ortho_cli.models.resnet_cifar:build",
+        "resnet110": "ortho_cli.models.resnet_cifar:build",
+        "vit-mini": "ortho_cli.models.vit:build",
+        "vit-b16": "ortho_cli.models.vit:build",
+        "mlp": "ortho_cli.models.mlp:build",
+        "hf-image": "ortho_cli.models.hf_image:build",
+    },
+    # What is trained: data, loss and metrics.
+    "tasks": {
+        "classify": "ortho_cli.tasks.classify:ClassifyTask",
+    },
+    # What a recipe may do to a model while it trains.
+    "methods": {
+        "gor": "ortho_cli.methods.gor:GORMethod",
+    },
 }
 
 

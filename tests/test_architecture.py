@@ -126,6 +126,7 @@ def test_registry_entries_resolve() -> None:
 
 VERBS = [
     [], ["inspect"], ["add-hra"], ["merge"], ["convert"], ["doctor"], ["demo"], ["bench"], ["bench", "surgery"],
+    ["bench", "gor"],
     ["recipe"], ["recipe", "list"], ["recipe", "show"], ["recipe", "check"], ["recipe", "schema"], ["recipe", "copy"],
 ]  # fmt: skip
 

@@ -7,16 +7,17 @@ float16. Needs no torch, so that a plan stays a plan: 144 layers take a tenth of
 from __future__ import annotations
 
 import hashlib
-import os
 import struct
 from array import array
 from collections.abc import Iterable
 from math import inf, prod
 
 from ortho_cli.errors import CheckpointError
+
+from .checkpoint import Checkpoint
 from .layouts import fingerprint_name, to_canonical
-from .store import Checkpoint
-from .tensors import DTYPE_BITS, TensorInfo
+from .reading import TensorReader
+from .tensors import DTYPE_BITS, FLOAT_DTYPES, TensorInfo
 
 __all__ = ["base_fingerprint"]
 
@@ -39,34 +40,29 @@ def base_fingerprint(checkpoint: Checkpoint, layers: Iterable[str]) -> str:
 
     Cost: two reads of at most 8 kB for each layer.
     """
-    layout = checkpoint.layout
-    named = sorted((fingerprint_name(to_canonical(layer, layout)), checkpoint.weight(layer)) for layer in layers)
+    canonical = {layer: to_canonical(layer, checkpoint.layout) for layer in layers}
     digest = hashlib.sha256()
-    for name, info in named:
-        rows = info.shape[0]
-        digest.update(f"{name}:{rows}x{prod(info.shape[1:])}\n".encode())
-        digest.update(_edges(info))
+    with TensorReader() as reader:
+        # Two text encoders of one pipeline have layers of the same name: the canonical name decides between them.
+        for layer, full in sorted(canonical.items(), key=lambda item: (fingerprint_name(item[1]), item[1])):
+            info = checkpoint.weight(layer)
+            digest.update(f"{fingerprint_name(full)}:{info.shape[0]}x{prod(info.shape[1:])}\n".encode())
+            digest.update(_edges(reader, info))
     return digest.hexdigest()
 
 
-def _edges(info: TensorInfo) -> bytes:
+def _edges(reader: TensorReader, info: TensorInfo) -> bytes:
     """The first and the last values of a tensor, as little-endian float16."""
-    if info.dtype not in ("F16", "BF16", "F32", "F64"):
+    if info.dtype not in FLOAT_DTYPES:
         raise CheckpointError(f"weight {info.name!r} is {info.dtype}; a fingerprint needs floats", where=str(info.path))
     if info.strides is not None:
-        from .reading import TensorReader
-
-        with TensorReader() as reader:
-            values = reader.read(info).double().reshape(-1)
-            return _half(values[:EDGE_VALUES].tolist()) + _half(values[-EDGE_VALUES:].tolist())
-    count, width = min(EDGE_VALUES, info.numel), DTYPE_BITS[info.dtype] // 8
-    descriptor = os.open(info.path, os.O_RDONLY)
-    try:
-        first = os.pread(descriptor, count * width, info.offset)
-        last = os.pread(descriptor, count * width, info.offset + info.nbytes - count * width)
-    finally:
-        os.close(descriptor)
-    return b"".join(raw if info.dtype == "F16" else _half(_floats(raw, info.dtype)) for raw in (first, last))
+        values = reader.read(info).double().reshape(-1)
+        return _half(values[:EDGE_VALUES].tolist()) + _half(values[-EDGE_VALUES:].tolist())
+    width = DTYPE_BITS[info.dtype] // 8
+    count = min(EDGE_VALUES, info.numel) * width
+    places = (info.offset, info.offset + info.nbytes - count)
+    raws = (bytes(reader.read_bytes(info, place, count)) for place in places)
+    return b"".join(raw if info.dtype == "F16" else _half(_floats(raw, info.dtype)) for raw in raws)
 
 
 def _floats(raw: bytes, dtype: str) -> list[float]:

@@ -18,7 +18,7 @@ from ortho_cli.errors import CheckpointError
 from .strict_json import RepeatedKeyError, parse_strict
 from .tensors import DTYPE_BITS, TensorInfo
 
-__all__ = ["MAX_HEADER_BYTES", "Header", "parse_header", "printable", "read_header"]
+__all__ = ["MAX_HEADER_BYTES", "Header", "parse_header", "printable", "quoted", "read_header"]
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 MAX_TENSORS = 400_000  # 300,000 take two seconds and 300 MB to parse; more is an attack, not a model
@@ -75,7 +75,7 @@ def parse_header(raw: bytes, path: Path, data_start: int, size: int) -> Header:
     try:
         fields = parse_strict(raw)
     except RepeatedKeyError as error:
-        _fail(path, f"key {_quoted(error.key)} appears twice in the header")
+        _fail(path, f"key {quoted(error.key)} appears twice in the header")
     except ValueError as error:
         _fail(path, f"header is not valid JSON: {str(error)[:120]}")
     metadata = fields.pop("__metadata__", {})
@@ -88,7 +88,7 @@ def parse_header(raw: bytes, path: Path, data_start: int, size: int) -> Header:
     for name, dtype, shape, begin, end in entries:
         if begin != position:
             kind = "overlaps the tensor before it" if begin < position else "leaves a hole before it"
-            _fail(path, f"tensor {_quoted(name)} {kind}: it begins at byte {begin}, {position} was expected")
+            _fail(path, f"tensor {quoted(name)} {kind}: it begins at byte {begin}, {position} was expected")
         position = end
         tensors[name] = TensorInfo(name, dtype, shape, path, data_start + begin)
     if data_start + position != size:
@@ -100,24 +100,24 @@ def parse_header(raw: bytes, path: Path, data_start: int, size: int) -> Header:
 def _entry(path: Path, name: str, field: Any) -> tuple[str, str, tuple[int, ...], int, int]:
     """One tensor's fields, each checked for its type and the range for its length."""
     if not name.isprintable():
-        _fail(path, f"tensor name {_quoted(name)} has characters that cannot be printed")
+        _fail(path, f"tensor name {quoted(name)} has characters that cannot be printed")
     if not isinstance(field, dict) or not {"dtype", "shape", "data_offsets"} <= field.keys():
-        _fail(path, f"tensor {_quoted(name)} lacks dtype, shape or data_offsets")
+        _fail(path, f"tensor {quoted(name)} lacks dtype, shape or data_offsets")
     dtype, shape, offsets = field["dtype"], field["shape"], field["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-        _fail(path, f"tensor {_quoted(name)} has the unknown dtype {_quoted(dtype)}")
+        _fail(path, f"tensor {quoted(name)} has the unknown dtype {quoted(dtype)}")
     if not isinstance(shape, list) or len(shape) > MAX_DIMS or not all(_is_size(size) for size in shape):
-        _fail(path, f"tensor {_quoted(name)} has the shape {_quoted(shape)}: sizes are whole numbers from 0")
+        _fail(path, f"tensor {quoted(name)} has the shape {quoted(shape)}: sizes are whole numbers from 0")
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(_is_size(offset) for offset in offsets):
-        _fail(path, f"tensor {_quoted(name)} has the data_offsets {_quoted(offsets)}")
+        _fail(path, f"tensor {quoted(name)} has the data_offsets {quoted(offsets)}")
     begin, end = offsets
     count, largest = prod(shape), prod(size or 1 for size in shape)
     if largest > MAX_INT:  # an empty tensor's other sizes, too: their product would overflow in the reference reader
-        _fail(path, f"tensor {_quoted(name)} of shape {_quoted(shape)} is larger than any memory")
+        _fail(path, f"tensor {quoted(name)} of shape {quoted(shape)} is larger than any memory")
     bits = count * DTYPE_BITS[dtype]
     if bits % 8 or end - begin != bits // 8:
         found = f"its range has {end - begin}"
-        _fail(path, f"tensor {_quoted(name)} of {dtype} {tuple(shape)} needs {bits / 8:g} bytes, {found}")
+        _fail(path, f"tensor {quoted(name)} of {dtype} {tuple(shape)} needs {bits / 8:g} bytes, {found}")
     return name, dtype, tuple(shape), begin, end
 
 
@@ -130,12 +130,9 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else f"\\u{ord(char):04x}" for char in text)
 
 
-def _quoted(value: object) -> str:
+def quoted(value: object) -> str:
     """A name or value as a message shows it: printable, quoted where it is text, and short."""
-    try:
-        text = printable(str(value)[: MAX_SHOWN + 1])
-    except RecursionError:  # lists in lists, just not too deep to be parsed
-        return "(nested too deeply to show)"
+    text = printable(str(value)[: MAX_SHOWN + 1])
     text = text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "..."
     return f"'{text}'" if isinstance(value, str) else text
 

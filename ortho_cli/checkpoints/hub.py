@@ -13,6 +13,8 @@ from pathlib import Path
 
 from ortho_cli.errors import CheckpointError
 
+from .header import printable
+
 __all__ = ["HubId", "choose_files", "fetch", "parse_hub_id"]
 
 _HUB_ID = re.compile(r"(?P<repo>[\w][\w.-]*/[\w][\w.-]*)(?:@(?P<revision>[\w./-]+))?(?::(?P<file>[^:]+))?")
@@ -27,6 +29,9 @@ class HubId:
     revision: str | None = None
     file: str | None = None
 
+    def __str__(self) -> str:
+        return self.repo + (f"@{self.revision}" if self.revision else "") + (f":{self.file}" if self.file else "")
+
 
 def parse_hub_id(text: str) -> HubId | None:
     """`text` as a hub id, or None where it cannot be one.
@@ -37,7 +42,7 @@ def parse_hub_id(text: str) -> HubId | None:
     True
     """
     match = _HUB_ID.fullmatch(text)
-    if match is None or text.endswith((".safetensors", ".ckpt", ".bin", ".pt", ".pth")) and match["file"] is None:
+    if match is None or (text.endswith((".safetensors", ".ckpt", ".bin", ".pt", ".pth")) and match["file"] is None):
         return None
     return HubId(match["repo"], match["revision"], match["file"])
 
@@ -48,26 +53,47 @@ def fetch(hub: HubId) -> Path:
     Raises:
         CheckpointError: unknown repository, revision or file, no network, or nothing in the cache while offline.
     """
-    from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
+    from huggingface_hub import constants, hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
+    # Whatever the hub client's network library is (requests, httpx), its errors are the bases of the client's own.
+    network: tuple[type[Exception], ...] = HfHubHTTPError.__bases__
+    failures: tuple[type[Exception], ...] = (*network, HFValidationError, OSError, ValueError)
     try:
         if hub.file is not None:
             return Path(hf_hub_download(hub.repo, hub.file, revision=hub.revision))
-        if constants.HF_HUB_OFFLINE:
-            return Path(snapshot_download(hub.repo, revision=hub.revision, local_files_only=True))
-        names = HfApi().list_repo_files(hub.repo, revision=hub.revision)
-        return Path(snapshot_download(hub.repo, revision=hub.revision, allow_patterns=choose_files(names)))
+        return _fetch_cached(hub) if constants.HF_HUB_OFFLINE else _fetch_folder(hub, network)
     except LocalEntryNotFoundError as error:
         raise CheckpointError(
-            f"{hub.repo} is not in the hub cache and the hub cannot be reached",
+            f"{hub} is not in the hub cache and the hub cannot be reached",
             hint="unset HF_HUB_OFFLINE, check the network with `ortho doctor`, or give a local path",
         ) from error
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+    except failures as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise CheckpointError(
-            f"{hub.repo} cannot be fetched: {str(error).strip().splitlines()[0][:200]}",
+            f"{hub} cannot be fetched: {printable(reason[:200])}",
             hint="check the name, the revision and your token (`ortho doctor`), or give a local path",
         ) from error
+
+
+def _fetch_folder(hub: HubId, network: tuple[type[Exception], ...]) -> Path:
+    """The snapshot as the hub has it now; as the cache has it where the hub cannot be reached."""
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        names = HfApi().list_repo_files(hub.repo, revision=hub.revision)
+    except network as error:
+        if isinstance(error, HfHubHTTPError):  # the hub was reached, and said no
+            raise
+        return _fetch_cached(hub)
+    return Path(snapshot_download(hub.repo, revision=hub.revision, allow_patterns=choose_files(names)))
+
+
+def _fetch_cached(hub: HubId) -> Path:
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(hub.repo, revision=hub.revision, local_files_only=True))
 
 
 def choose_files(names: Collection[str]) -> list[str]:

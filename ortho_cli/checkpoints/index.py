@@ -12,7 +12,7 @@ from typing import NoReturn
 
 from ortho_cli.errors import CheckpointError
 
-from .header import printable
+from .header import quoted
 from .strict_json import RepeatedKeyError, parse_strict
 
 __all__ = ["MAX_INDEX_BYTES", "check_against_shards", "index_names", "links_out", "read_index"]
@@ -32,7 +32,7 @@ def read_index(path: Path) -> tuple[dict[str, str], int | None]:
             _fail(path, f"index of {path.stat().st_size:,} bytes is over the limit of {MAX_INDEX_BYTES:,}")
         content = parse_strict(path.read_bytes())
     except RepeatedKeyError as error:
-        _fail(path, f"{printable(error.key[:200])!r} appears twice in the index")
+        _fail(path, f"{quoted(error.key)} appears twice in the index")
     except (OSError, ValueError) as error:
         _fail(path, f"index cannot be read: {str(error)[:120]}")
     weight_map = content.get("weight_map") if isinstance(content, dict) else None
@@ -50,23 +50,22 @@ def read_index(path: Path) -> tuple[dict[str, str], int | None]:
 
 
 def _check_shard_name(path: Path, shard: str) -> None:
-    shown = printable(shard[:200])
-    windows, posix = PureWindowsPath(shard), PurePosixPath(shard)
-    if windows.drive or windows.root or posix.is_absolute() or len(windows.parts) != 1 or shard in (".", "..", ""):
-        _fail(path, f"shard name {shown!r} is not a plain file name")
+    shown = quoted(shard)
+    if shard in ("", ".", "..") or {PureWindowsPath(shard).name, PurePosixPath(shard).name} != {shard}:
+        _fail(path, f"shard name {shown} is not a plain file name")
     wants_pickle = ".bin.index" in path.name
     is_pickle = shard.endswith(PICKLE_SUFFIXES)
     if wants_pickle != is_pickle or (not is_pickle and not shard.endswith(".safetensors")):
-        _fail(path, f"shard {shown!r} is not of the kind that {path.name} lists")
+        _fail(path, f"shard {shown} is not of the kind that {path.name} lists")
     target = path.parent / shard
     try:
         found = target.is_file()
     except OSError:  # a name too long to be a file's
         found = False
     if not found:
-        _fail(path, f"shard {shown!r} is missing")
+        _fail(path, f"shard {shown} is missing")
     if links_out(target, path.parent):
-        _fail(path, f"shard {shown!r} is a link out of the folder")
+        _fail(path, f"shard {shown} is a link out of the folder")
 
 
 def links_out(path: Path, folder: Path) -> bool:
@@ -100,11 +99,11 @@ def check_against_shards(
     """
     for name, shard in weight_map.items():
         if found.get(name) != shard:
-            place = f"lies in {printable(found[name])!r}" if name in found else "is in no shard"
-            _fail(path, f"tensor {printable(name[:200])!r} is listed in {printable(shard)!r} but {place}")
+            place = f"lies in {quoted(found[name])}" if name in found else "is in no shard"
+            _fail(path, f"tensor {quoted(name)} is listed in {quoted(shard)} but {place}")
     extra = sorted(found.keys() - weight_map.keys())
     if extra:
-        _fail(path, f"{len(extra)} tensors are in the shards but not in the index, first {printable(extra[0])!r}")
+        _fail(path, f"{len(extra)} tensors are in the shards but not in the index, first {quoted(extra[0])}")
     if total_size is not None and total_size not in total_bytes:
         raise CheckpointError(
             f"index says total_size {total_size:,}, the shards hold {max(total_bytes):,} bytes of tensors",

@@ -16,25 +16,43 @@ from pathlib import Path
 
 from ortho_cli.errors import OutputError
 
+from .store import WEIGHT_COMPONENTS, WEIGHT_SUFFIXES
+
 __all__ = ["atomic", "check_output"]
 
+CHECKPOINT_FILES = ("adapter_config.json", "model_index.json", "model.safetensors.index.json")
 SPARE_BYTES = 16 * 2**20  # directory entries, indices and reports beside the tensors
 
 
 def check_output(output: Path, inputs: Iterable[Path], needed: int, *, force: bool) -> None:
     """Refuse, before any work, an output that exists, is an input, cannot be written or does not fit.
 
+    Args:
+        output: what is to be written.
+        inputs: every file that will be read.
+        needed: bytes of the output.
+        force: an existing output may be replaced: a file, or a folder that is empty or a checkpoint.
+
     Raises:
         OutputError: with what to type instead.
     """
-    for path in inputs:
-        if output.exists() and path.exists() and _holds(output, path):
+    try:
+        exists = output.exists() or output.is_symlink()
+        if exists and any(_holds(output, path) for path in inputs if path.exists()):
             raise OutputError(
-                f"output {output} is an input, or the folder of one", hint="name another file with -o", where=str(output)
+                f"output {output} is an input, or the folder of one",
+                hint="name another file with -o",
+                where=str(output),
             )
-    if (output.exists() or output.is_symlink()) and not force:
-        raise OutputError(f"output exists: {output}", hint="name another with -o, or overwrite it with --force")
-    parent = existing_parent(output)
+        if exists and not force:
+            raise OutputError(f"output exists: {output}", hint="name another with -o, or overwrite it with --force")
+        if output.is_dir() and not output.is_symlink():
+            _check_replaceable(output)
+        parent = existing_parent(output)
+        with suppress(FileNotFoundError):
+            os.lstat(_partial(output))  # fails where the name, which is longer than the output's, is too long
+    except OSError as error:
+        raise OutputError(f"cannot be written: {error.strerror or error}", where=str(output)) from error
     try:
         with tempfile.TemporaryFile(dir=parent):
             pass
@@ -52,9 +70,22 @@ def check_output(output: Path, inputs: Iterable[Path], needed: int, *, force: bo
 
 def _holds(output: Path, path: Path) -> bool:
     """Whether replacing `output` would touch the input `path`, links and hard links included."""
-    if os.path.samefile(output, path):
+    if output.exists() and os.path.samefile(output, path):
         return True
-    return output.is_dir() and path.resolve().is_relative_to(output.resolve())
+    places = (path.resolve(), path.parent.resolve() / path.name)  # the file, and the link that leads to it
+    return output.is_dir() and any(place.is_relative_to(output.resolve()) for place in places)
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Refuse to replace a folder that is somebody's home, work place or photo album: replacing is deleting."""
+    names = {path.name for path in folder.iterdir()}
+    for component in WEIGHT_COMPONENTS:
+        names |= {path.name for path in (folder / component).glob("*")}
+    is_checkpoint = any(name in CHECKPOINT_FILES or name.endswith(WEIGHT_SUFFIXES) for name in names)
+    if Path.cwd().is_relative_to(folder.resolve()) or (names and not is_checkpoint):
+        raise OutputError(
+            f"folder {folder} is no checkpoint, so --force does not replace it", hint="name another with -o"
+        )
 
 
 def existing_parent(path: Path) -> Path:
@@ -67,8 +98,10 @@ def existing_parent(path: Path) -> Path:
         if parent.is_dir():
             return parent
         if parent.exists():
-            raise OutputError(f"{parent} is a file, so {path.name} cannot be written below it")
-    raise OutputError(f"no folder above {path} exists")
+            raise OutputError(
+                f"{parent} is a file, so {path.name} cannot be written below it", hint="name another place with -o"
+            )
+    raise OutputError(f"no folder above {path} exists", hint="name another place with -o")
 
 
 @contextmanager
@@ -82,29 +115,42 @@ def atomic(output: Path) -> Iterator[Path]:
         ``.<name>.partial-<pid>`` in the same folder; create a file or a folder there.
     """
     output = output.absolute()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(output)
-    partial = output.with_name(f".{output.name}.partial-{os.getpid()}")
+    partial = _partial(output)
+    missing = [parent for parent in output.parents if not os.path.lexists(parent)]
+    done = False
     try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(output)
         yield partial
-        _sync_folder(partial)
-        if output.is_dir() and not output.is_symlink():
-            _replace_folder(partial, output)
-        else:
-            os.replace(partial, output)
-        _sync_folder(output.parent)
+        _sync(partial)
+        _put(partial, output)
+        _sync_entry(output.parent)
+        done = True
     except OSError as error:
         raise OutputError(f"cannot be written: {error.strerror or error}", where=str(output)) from error
     finally:
         _remove(partial)
+        for folder in [] if done else missing:  # innermost first; one that something else was put into stays
+            with suppress(OSError):
+                folder.rmdir()
 
 
-def _replace_folder(partial: Path, output: Path) -> None:
-    """Put a finished folder in the place of an old one, in one step where the system can swap two names."""
-    if not _exchange(partial, output):
+def _partial(output: Path) -> Path:
+    return output.with_name(f".{output.name}.partial-{os.getpid()}")
+
+
+def _put(partial: Path, output: Path) -> None:
+    """Give a finished partial the output's name, in one step where the system can swap two names."""
+    if not os.path.lexists(output) or not (partial.is_dir() or (output.is_dir() and not output.is_symlink())):
+        os.replace(partial, output)
+    elif not _exchange(partial, output):  # a folder does not replace, and is not replaced, by a plain rename
         old = output.with_name(f".{output.name}.old-{os.getpid()}")
         os.rename(output, old)
-        os.rename(partial, output)
+        try:
+            os.rename(partial, output)
+        except BaseException:
+            os.rename(old, output)
+            raise
         _remove(old)
 
 
@@ -121,18 +167,26 @@ def _exchange(first: Path, second: Path) -> bool:
 
 
 def _sweep(output: Path) -> None:
-    """Remove partials that dead processes left for this output."""
-    pattern = re.compile(re.escape(f".{output.name}.partial-") + r"(\d+)")
-    for path in output.parent.iterdir():
+    """Remove what dead processes left for this output: partials, and old folders that were being replaced.
+
+    An old folder whose replacement never came into place is put back instead.
+    """
+    pattern = re.compile(re.escape(f".{output.name}.") + r"(partial|old)-(\d{1,10})")
+    for path in sorted(output.parent.iterdir()):
         match = pattern.fullmatch(path.name)
-        if match and not _is_alive(int(match[1])):
+        if match is None or _is_alive(int(match[2])):
+            continue
+        if match[1] == "old" and not os.path.lexists(output):
+            os.rename(path, output)
+        else:
             _remove(path)
 
 
 def _is_alive(pid: int) -> bool:
+    """Whether a process other than this one has the number (what has our own was left by an earlier namesake)."""
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         return True
@@ -140,15 +194,23 @@ def _is_alive(pid: int) -> bool:
 
 
 def _remove(path: Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
+    """Delete a file, link or folder; what another process deletes at the same time is no error."""
+    if os.path.isdir(path) and not os.path.islink(path):
+        shutil.rmtree(path, ignore_errors=True)
     else:
-        with suppress(FileNotFoundError):
+        with suppress(OSError):
             path.unlink()
 
 
-def _sync_folder(path: Path) -> None:
-    """Make a rename (or a folder's entries) survive a power cut."""
+def _sync(partial: Path) -> None:
+    """Bring the partial's entries to the disk: a file, or a folder and those in it."""
+    folders = [folder for folder, _, _ in os.walk(partial)]
+    for entry in folders or [str(partial)]:
+        _sync_entry(Path(entry))
+
+
+def _sync_entry(path: Path) -> None:
+    """Make a file's bytes, or the names in a folder, survive a power cut."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ortho_cli.errors import CheckpointError
+
 from .tensors import DTYPE_BITS, TORCH_DTYPES, TensorInfo
 
 if TYPE_CHECKING:
@@ -65,18 +67,20 @@ class TensorReader:
         import torch
 
         if info.dtype not in TORCH_DTYPES:
-            raise CheckpointError(f"tensor {info.name!r} is {info.dtype}, which torch cannot hold", where=str(info.path))
+            raise CheckpointError(
+                f"tensor {info.name!r} is {info.dtype}, which torch cannot hold", where=str(info.path)
+            )
         dtype: torch.dtype = getattr(torch, TORCH_DTYPES[info.dtype])
         if info.strides is not None:
             return self._read_strided(info, dtype)[rows if rows is not None else slice(None)]
         shape, offset = info.shape, info.offset
         if rows is not None:
-            start, stop, _ = rows.indices(info.shape[0])
+            start, stop, step = rows.indices(info.shape[0])
+            if step != 1:
+                raise ValueError(f"rows are read one after the other, not in steps of {step}")
             row_bytes = info.nbytes // max(info.shape[0], 1)
-            shape, offset = (stop - start, *info.shape[1:]), offset + start * row_bytes
-        count = 1
-        for size in shape:
-            count *= size
+            shape, offset = (max(stop - start, 0), *info.shape[1:]), offset + start * row_bytes
+        count = prod(shape)
         if count == 0:
             return torch.empty(shape, dtype=dtype)
         view = self.read_bytes(info, offset, count * DTYPE_BITS[info.dtype] // 8)
@@ -87,19 +91,26 @@ class TensorReader:
         return self.read(info, rows).clone()
 
     def read_bytes(self, info: TensorInfo, offset: int, count: int) -> memoryview:
-        """`count` raw bytes at an absolute offset of the tensor's file, in the reused buffer."""
+        """`count` raw bytes at an absolute offset of the tensor's file, in the reused buffer.
+
+        Raises:
+            CheckpointError: the file is gone, cannot be read, or has become shorter.
+        """
         if len(self._buffer) < count:
             self._buffer = bytearray(count)
         view = memoryview(self._buffer)[:count]
-        descriptor = self._files.get(info.path)
-        if descriptor is None:
-            descriptor = self._files[info.path] = os.open(info.path, os.O_RDONLY)
         filled = 0
-        while filled < count:
-            got = os.preadv(descriptor, [view[filled:]], offset + filled)
-            if got == 0:
-                raise CheckpointError(f"file ended inside tensor {info.name!r}", where=str(info.path))
-            filled += got
+        try:
+            descriptor = self._files.get(info.path)
+            if descriptor is None:
+                descriptor = self._files[info.path] = os.open(info.path, os.O_RDONLY)
+            while filled < count:
+                got = os.preadv(descriptor, [view[filled:]], offset + filled)
+                if got == 0:
+                    raise CheckpointError(f"file ended inside tensor {info.name!r}", where=str(info.path))
+                filled += got
+        except OSError as error:
+            raise CheckpointError(f"cannot be read: {error.strerror or error}", where=str(info.path)) from error
         return view
 
     def _read_strided(self, info: TensorInfo, dtype: object) -> Tensor:
@@ -134,4 +145,4 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     import torch
 
     flat = tensor.detach().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    return flat.view(torch.uint8).numpy().data if flat.numel() else memoryview(b"")

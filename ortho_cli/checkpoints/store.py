@@ -8,18 +8,23 @@ several components tensor names carry the component: `unet.conv_in.weight`.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+import os
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ortho_cli.errors import CheckpointError
-from .header import printable, read_header
+
+from .checkpoint import Checkpoint, WeightFile
+from .header import printable, quoted, read_header
 from .index import check_against_shards, index_names, read_index
 from .tensors import TensorInfo
 
-__all__ = ["PICKLE_SUFFIXES", "WEIGHT_SUFFIXES", "Checkpoint", "WeightFile", "open_checkpoint", "read_json"]
+__all__ = [
+    "PICKLE_SUFFIXES", "WEIGHT_COMPONENTS", "WEIGHT_SUFFIXES", "Checkpoint", "WeightFile", "open_checkpoint",
+    "read_json",
+]  # fmt: skip
 
 PICKLE_SUFFIXES = (".ckpt", ".bin", ".pt", ".pth")
 WEIGHT_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
@@ -30,72 +35,6 @@ WEIGHT_COMPONENTS = (
     "unet", "transformer", "transformer_2", "vae", "text_encoder", "text_encoder_2", "text_encoder_3", "prior",
     "decoder", "controlnet", "image_encoder", "safety_checker",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class WeightFile:
-    """One weight file of a checkpoint."""
-
-    path: Path
-    relative: str  # its place below the checkpoint's root, "" for a checkpoint that is one file
-    component: str  # "unet" in a pipeline, else ""
-    format: str  # "safetensors" or "pickle"
-    metadata: dict[str, str]
-    tensors: tuple[str, ...]  # full names, in the order of their bytes
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """Tensors by name, and what else is known of where they came from.
-
-    `kind` is `file`, `folder` (one component, sharded or not), `pipeline` (several) or `adapter`. `config` is the
-    folder's `config.json` or `adapter_config.json`. Names are in byte order of the files.
-    """
-
-    source: str
-    root: Path
-    kind: str
-    files: tuple[WeightFile, ...]
-    tensors: dict[str, TensorInfo]
-    config: dict[str, Any] = field(default_factory=dict)
-    notes: tuple[str, ...] = ()
-
-    @property
-    def metadata(self) -> dict[str, str]:
-        """The safetensors metadata of all files together (the first file wins)."""
-        merged: dict[str, str] = {}
-        for file in self.files:
-            merged = {**file.metadata, **merged}
-        return merged
-
-    @cached_property
-    def layout(self) -> str:
-        """The naming its tensors follow, as `layouts.detect` finds it."""
-        from .layouts import detect
-
-        return detect({name: info.shape for name, info in self.tensors.items()})
-
-    @property
-    def format(self) -> str:
-        """`safetensors`, `pickle`, or `mixed`."""
-        formats = {file.format for file in self.files}
-        return formats.pop() if len(formats) == 1 else "mixed"
-
-    def layers(self) -> dict[str, tuple[int, ...]]:
-        """Layer name -> weight shape, for every `.weight` of two or more dimensions that lies outside the EMA copy.
-
-        A layer that holds a Householder adapter (`X.fixed_linear.weight`) is named `X`.
-        """
-        found = {}
-        for name, info in self.tensors.items():
-            if name.endswith(".weight") and len(info.shape) >= 2 and not name.startswith("model_ema."):
-                found[name.removesuffix(".weight").removesuffix(".fixed_linear")] = info.shape
-        return found
-
-    def weight(self, layer: str) -> TensorInfo:
-        """The weight tensor of a layer named by `layers()`."""
-        plain = self.tensors.get(f"{layer}.weight")
-        return plain if plain is not None else self.tensors[f"{layer}.fixed_linear.weight"]
 
 
 def open_checkpoint(source: str | Path, *, variant: str | None = None) -> Checkpoint:
@@ -114,8 +53,15 @@ def open_checkpoint(source: str | Path, *, variant: str | None = None) -> Checkp
     Traceback (most recent call last):
     ortho_cli.errors.CheckpointError: no such file or folder: no/such/file.safetensors
     """
-    text = str(source)
-    path = Path(text).expanduser()
+    try:
+        return _open(str(source), variant)
+    except OSError as error:  # no permission, a name too long, a folder that vanished
+        where = printable(str(error.filename or source))
+        raise CheckpointError(f"cannot be read: {error.strerror or error}", where=where) from error
+
+
+def _open(text: str, variant: str | None) -> Checkpoint:
+    path = Path(os.path.expanduser(text))
     if not path.exists():
         from .hub import fetch, parse_hub_id
 
@@ -140,7 +86,7 @@ Opened = tuple[WeightFile, dict[str, TensorInfo], tuple[str, ...]]
 def _open_file(path: Path, relative: str, component: str) -> Opened:
     """Read one weight file's header, by what the file is and not by its name alone."""
     if not path.is_file():
-        raise CheckpointError(f"not a file: {path}")
+        raise CheckpointError(f"not a file: {printable(str(path))}")
     if path.suffix in PICKLE_SUFFIXES:
         from .pickles import read_pickle
 
@@ -151,7 +97,8 @@ def _open_file(path: Path, relative: str, component: str) -> Opened:
         tensors, metadata, notes, kind = header.tensors, header.metadata, (), "safetensors"
     else:
         raise CheckpointError(
-            f"cannot tell what {path.name} is: its name ends in none of {' '.join(WEIGHT_SUFFIXES)}", where=str(path)
+            f"cannot tell what {printable(path.name)} is: its name ends in none of {' '.join(WEIGHT_SUFFIXES)}",
+            where=str(path),
         )
     if component:
         tensors = {f"{component}.{name}": replace(info, name=f"{component}.{name}") for name, info in tensors.items()}
@@ -167,7 +114,7 @@ def _open_folder(source: str, root: Path, variant: str | None) -> Checkpoint:
     if any((root / child).is_dir() for child in WEIGHT_COMPONENTS):
         return _open_pipeline(source, root, variant)
     raise CheckpointError(
-        f"folder holds no weights: {printable(root.name)!r}",
+        f"folder holds no weights: {quoted(root.name)}",
         hint="expected model.safetensors, an index, model_index.json or adapter_config.json in it; or name one file",
         where=str(root),
     )
@@ -177,42 +124,54 @@ def _open_component(source: str, root: Path, variant: str | None, component: str
     """One folder with one set of weights: an index, a single file of a known name, or the only weight file there."""
     config = _read_config(root)
     kind = "adapter" if (root / "adapter_config.json").is_file() else "folder"
-    for stem in STEMS:
+    stems = sorted(STEMS, key=lambda stem: stem != "adapter_model") if kind == "adapter" else STEMS
+    for stem in stems:
         for wanted in _variants(root, stem, variant):
-            for index_name in index_names(stem, wanted):
-                if (root / index_name).is_file():
-                    opened = _open_shards(source, root, root / index_name, component)
+            for name in _weight_names(stem, wanted):
+                if not (root / name).is_file():
+                    continue
+                if name.endswith(".json"):
+                    opened = _open_shards(source, root, root / name, component)
                     return Checkpoint(source, root, kind, opened.files, opened.tensors, config, opened.notes)
-            suffix = f".{wanted}" if wanted else ""
-            names = [f"{stem}{suffix}.safetensors", f"{stem}{suffix}.bin"]
-            if stem == "model":
-                names.append(f"pytorch_model{suffix}.bin")
-            for name in names:
-                if (root / name).is_file():
-                    file, tensors, notes = _open_file(root / name, name, component)
-                    return Checkpoint(source, root, kind, (file,), tensors, config, notes)
+                file, tensors, notes = _open_file(root / name, name, component)
+                return Checkpoint(source, root, kind, (file,), tensors, config, notes)
     weights = sorted(path for path in root.iterdir() if path.suffix in WEIGHT_SUFFIXES and path.is_file())
-    if len(weights) > 1:
+    if len(weights) > 1 or (weights and variant is not None):
+        listed = ", ".join(printable(path.name) for path in weights[:4])
         raise CheckpointError(
-            f"folder holds {len(weights)} weight files and no index: {', '.join(path.name for path in weights[:4])}",
+            f"folder holds {len(weights)} weight file{'s' * (len(weights) > 1)}, and no "
+            f"{'index' if variant is None else f'variant {variant}'}: {listed}",
             hint="name one of them",
             where=str(root),
         )
     if weights:
+        parts = [f"{child}/" for child in WEIGHT_COMPONENTS if not component and (root / child).is_dir()]
+        if parts:
+            raise CheckpointError(
+                f"folder holds {printable(weights[0].name)} and a pipeline in {', '.join(parts)}",
+                hint="name the file, or add the pipeline's model_index.json",
+                where=str(root),
+            )
         file, tensors, notes = _open_file(weights[0], weights[0].name, component)
         return Checkpoint(source, root, kind, (file,), tensors, config, notes)
     return None
+
+
+def _weight_names(stem: str, variant: str | None) -> list[str]:
+    """Where a library looks for weights of this stem: safetensors before pickles, one file before shards."""
+    suffix = f".{variant}" if variant else ""
+    safe_index, pickle_index = index_names(stem, variant)
+    pickles = [f"{stem}{suffix}.bin", *([f"pytorch_model{suffix}.bin"] if stem == "model" else [])]
+    return [f"{stem}{suffix}.safetensors", safe_index, *pickles, pickle_index]
 
 
 def _variants(root: Path, stem: str, variant: str | None) -> list[str | None]:
     """The asked variant; else the plain weights, then the only variant there is."""
     if variant is not None:
         return [variant]
-    found = {
-        path.name.removeprefix(f"{stem}.").split(".")[0].split("-")[0]
-        for path in root.glob(f"{stem}.*.safetensors")
-        if len(path.name.removeprefix(f"{stem}.").split(".")) == 2
-    }
+    names = [path.name for path in root.iterdir() if path.suffix in (".safetensors", ".bin")]
+    shape = re.compile(rf"{re.escape(stem)}\.([^.-]+)(-\d{{5}}-of-\d{{5}})?\.\w+")
+    found = {match[1] for name in names if (match := shape.fullmatch(name))}
     return [None, found.pop()] if len(found) == 1 else [None]
 
 
@@ -224,33 +183,50 @@ def _open_shards(source: str, root: Path, index: Path, component: str = "") -> C
         file, found, remarks = _open_file(root / shard, shard, component)
         for name in found:
             if name in tensors:
-                raise CheckpointError(f"tensor {printable(name)!r} is in two shards", where=str(index))
+                raise CheckpointError(f"tensor {quoted(name)} is in two shards", where=str(index))
             shard_of[name.removeprefix(f"{component}.") if component else name] = shard
         files.append(file)
         tensors.update(found)
         notes.extend(remarks)
-    check_against_shards(index, weight_map, shard_of, total_size, sum(info.nbytes for info in tensors.values()))
+    each = sum(info.nbytes for info in tensors.values())
+    once = sum({(info.path, info.offset, info.nbytes): info.nbytes for info in tensors.values()}.values())
+    check_against_shards(index, weight_map, shard_of, total_size, (once, each))
     return Checkpoint(source, root, "folder", tuple(files), tensors, _read_config(root), tuple(notes))
 
 
 def _open_pipeline(source: str, root: Path, variant: str | None) -> Checkpoint:
     parts: list[Checkpoint] = []
+    notes: list[str] = []
+    listed = _listed_components(root)
     folders = sorted(folder for folder in root.iterdir() if folder.is_dir() and not folder.name.startswith("."))
     for folder in folders:
+        if listed is not None and folder.name not in listed:
+            if any(path.suffix in WEIGHT_SUFFIXES for path in folder.iterdir()):
+                notes.append(f"{printable(folder.name)}/ is not in model_index.json: its weights were left out")
+            continue
         opened = _open_component(source, folder, variant, folder.name)
         if opened is not None:
             parts.append(opened)
     if not parts:
         raise CheckpointError("pipeline folder holds no component with weights", where=str(root))
     files = tuple(
-        WeightFile(file.path, f"{file.component}/{file.relative}", file.component, file.format, file.metadata, file.tensors)
+        WeightFile(
+            file.path, f"{file.component}/{file.relative}", file.component, file.format, file.metadata, file.tensors
+        )
         for part in parts
         for file in part.files
     )
     tensors = {name: info for part in parts for name, info in part.tensors.items()}
-    notes = tuple(note for part in parts for note in part.notes)
+    notes += [note for part in parts for note in part.notes]
     kind = "adapter" if all(part.kind == "adapter" for part in parts) else "pipeline"
-    return Checkpoint(source, root, kind, files, tensors, _read_config(root), notes)
+    return Checkpoint(source, root, kind, files, tensors, _read_config(root), tuple(notes))
+
+
+def _listed_components(root: Path) -> set[str] | None:
+    """The components that `model_index.json` lists as ``name: [library, class]``; None where it lists none."""
+    path = root / "model_index.json"
+    content = read_json(path) if path.is_file() else {}
+    return {name for name, entry in content.items() if isinstance(entry, list) and any(entry)} or None
 
 
 def _read_config(root: Path) -> dict[str, Any]:
@@ -272,5 +248,3 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise CheckpointError(f"{path.name} is not a JSON object", where=str(path))
     return content
-
-

@@ -11,7 +11,7 @@ from pathlib import Path
 
 __all__ = ["DTYPE_BITS", "FLOAT_DTYPES", "TORCH_DTYPES", "TensorInfo"]
 
-# Every dtype of the safetensors format (0.8) and its width in bits.
+# Every dtype of the safetensors format (0.8) and its width in bits, in the format's own order.
 DTYPE_BITS = {
     "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8,
     "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8,
@@ -53,5 +53,5 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the tensor when row-major (sub-byte types round up, as the format does)."""
+        """Bytes of the tensor when row-major; sub-byte types fill whole bytes."""
         return (self.numel * DTYPE_BITS[self.dtype] + 7) // 8

@@ -6,6 +6,7 @@ kernel where the system can) while the caller computes the rest. The file appear
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -15,13 +16,19 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ortho_cli.errors import OutputError
-from .header import read_header
+from ortho_cli.errors import CheckpointError, OutputError
+
+from .header import MAX_HEADER_BYTES, printable, read_header
 from .tensors import DTYPE_BITS, TensorInfo
 
 __all__ = ["Piece", "computed", "copied", "file_bytes", "write_file"]
 
 COPY_BYTES = 64 * 2**20  # one kernel copy call; small enough that progress moves and Ctrl-C is felt
+BUFFER_BYTES = 4 * 2**20  # of a copy outside the kernel
+# Different file systems, a system that lacks the call, or a sandbox that forbids it: the plain copy serves.
+_NO_KERNEL_COPY = frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF})
+# The reference writer's order of types, widest first: what it wrote is copied in one piece, and stays aligned.
+_ORDER = {dtype: place for place, dtype in enumerate(reversed(DTYPE_BITS))}
 Buffers = Iterator[Any]  # anything with the buffer protocol, in order, together exactly the tensor's bytes
 
 
@@ -64,20 +71,29 @@ def _row_major(info: TensorInfo) -> Buffers:
 
 
 def _layout(pieces: Iterable[Piece], metadata: dict[str, str]) -> tuple[bytes, list[tuple[Piece, int]]]:
-    """Header bytes and absolute offset of every piece: widest dtype first, then by name, as the reference writer does."""
-    ordered = sorted(pieces, key=lambda piece: (-DTYPE_BITS[piece.dtype], piece.name))
+    """Header bytes and absolute offset of every piece, in the reference writer's order.
+
+    Raises:
+        CheckpointError: names that no file can hold: two equal ones, or one the format keeps for itself.
+    """
+    ordered = sorted(pieces, key=lambda piece: (_ORDER[piece.dtype], piece.name))
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     offset = 0
     for piece in ordered:
+        allowed = piece.name != "__metadata__" and piece.name.isprintable()
+        if piece.name in header or not allowed:
+            why = "two tensors have the name" if allowed else "the format has no place for a tensor named"
+            raise CheckpointError(f"cannot be written as safetensors: {why} {printable(piece.name[:200])!r}")
         header[piece.name] = {
             "dtype": piece.dtype,
             "shape": list(piece.shape),
             "data_offsets": [offset, offset + piece.nbytes],
         }
         offset += piece.nbytes
-    assert len(header) == len(ordered) + bool(metadata), "two pieces of one name"
     raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8)
+    if len(raw) > MAX_HEADER_BYTES:
+        raise CheckpointError(f"cannot be written as one file: its header of {len(raw):,} bytes is too long")
     start = 8 + len(raw)
     placed, offset = [], start
     for piece in ordered:
@@ -112,13 +128,14 @@ def write_file(
 
     Raises:
         OutputError: the disk filled up, or the file cannot be written.
+        CheckpointError: names that no file can hold, or an input that vanished or shrank while it was copied.
     """
     head, placed = _layout(pieces, metadata)
     total = len(head) + sum(piece.nbytes for piece in pieces)
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
         try:
-            os.pwrite(descriptor, head, 0)
+            _write_all(descriptor, memoryview(head), 0, lambda count: None)
             os.truncate(descriptor, total)
             stop: list[bool] = []
             with ThreadPoolExecutor(1) as pool:
@@ -147,12 +164,17 @@ def _write_buffers(descriptor: int, piece: Piece, offset: int, advance: Callable
     assert piece.produce is not None
     position = offset
     for buffer in piece.produce():
-        view = memoryview(buffer).cast("B")
-        while view:
-            count = os.pwrite(descriptor, view, position)
-            position, view = position + count, view[count:]
-            advance(count)
+        position = _write_all(descriptor, memoryview(buffer).cast("B"), position, advance)
     assert position == offset + piece.nbytes, (piece.name, position - offset, piece.nbytes)
+
+
+def _write_all(descriptor: int, view: memoryview, position: int, advance: Callable[[int], None]) -> int:
+    """Write a buffer, in as many calls as the system wants; returns the position behind it."""
+    while view:
+        count = os.pwrite(descriptor, view, position)
+        position, view = position + count, view[count:]
+        advance(count)
+    return position
 
 
 @dataclass(slots=True)
@@ -188,14 +210,14 @@ def _copy_ranges(ranges: Iterable[_Range], descriptor: int, advance: Callable[[i
     try:
         for item in ranges:
             if item.path not in sources:
-                sources[item.path] = os.open(item.path, os.O_RDONLY)
+                sources[item.path] = _open_input(item.path)
             source, done = sources[item.path], 0
             while done < item.count and not stop:
                 count = _copy_some(
                     source, descriptor, item.source + done, item.target + done, min(item.count - done, COPY_BYTES)
                 )
                 if count == 0:
-                    raise OSError(f"{item.path} ended while it was copied")
+                    raise CheckpointError("the file ended while it was copied", where=str(item.path))
                 done += count
                 advance(count)
     finally:
@@ -203,22 +225,21 @@ def _copy_ranges(ranges: Iterable[_Range], descriptor: int, advance: Callable[[i
             os.close(source)
 
 
+def _open_input(path: Path) -> int:
+    try:
+        return os.open(path, os.O_RDONLY)
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror or error}", where=str(path)) from error
+
+
 def _copy_some(source: int, target: int, source_offset: int, target_offset: int, count: int) -> int:
-    """Copy inside the kernel where the system can, else through a small buffer."""
+    """Copy inside the kernel where the system can, else through a small buffer; 0 where the source ends."""
     if hasattr(os, "copy_file_range"):
         try:
-            return os.copy_file_range(source, target, count, source_offset, target_offset)
+            copied = os.copy_file_range(source, target, count, source_offset, target_offset)
+            if copied:  # some kernels say 0 for files they cannot copy; the plain copy knows better
+                return copied
         except OSError as error:
             if error.errno not in _NO_KERNEL_COPY:
                 raise
-    return os.pwrite(target, os.pread(source, min(count, 4 * 2**20), source_offset), target_offset)
-
-
-def _errnos() -> frozenset[int]:
-    import errno
-
-    # Different file systems, a system that lacks the call, or a sandbox that forbids it: the plain copy serves.
-    return frozenset({errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EPERM, errno.EBADF})
-
-
-_NO_KERNEL_COPY = _errnos()
+    return os.pwrite(target, os.pread(source, min(count, BUFFER_BYTES), source_offset), target_offset)

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from ortho_cli.cli.arguments import gather, required
+from ortho_cli.cli.completion import presets, words
 from ortho_cli.cli.options import (
     METHOD,
     OUTPUT,
@@ -53,6 +54,7 @@ def add_hra(
         typer.Option(
             "--targets",
             metavar="PATTERN|PRESET",
+            autocompletion=presets,
             rich_help_panel=TARGETS,
             help="Globs or a preset: sd15-control, sd15-attention, llama-qv, deberta-all, all-linear.",
         ),
@@ -66,6 +68,7 @@ def add_hra(
         typer.Option(
             "--as",
             metavar="adapter|checkpoint",
+            autocompletion=words("adapter", "checkpoint"),
             rich_help_panel=OUTPUT,
             help="A PEFT folder beside the base, or the whole checkpoint; by default by the output's name.",
         ),
@@ -75,6 +78,7 @@ def add_hra(
         typer.Option(
             "--layout",
             metavar="keep|hra-repo",
+            autocompletion=words("keep", "hra-repo"),
             help="hra-repo: as the HRA authors' loader wants.",
             rich_help_panel=OUTPUT,
         ),
@@ -84,6 +88,7 @@ def add_hra(
         typer.Option(
             "--ema",
             metavar="use|keep|drop",
+            autocompletion=words("use", "keep", "drop"),
             help="What to do with model_ema tensors (default keep).",
             rich_help_panel=OUTPUT,
         ),

@@ -6,6 +6,7 @@ Nothing heavy is imported here; a verb loads torch when it runs, not when its he
 from __future__ import annotations
 
 import json
+import os
 import sys
 import traceback
 from typing import Annotated, Any
@@ -48,12 +49,22 @@ def report_error(error: OrthoError, *, as_json: bool) -> None:
     if as_json:
         typer.echo(json.dumps({"schema": 1, "ok": False, "error": error.as_dict()}, indent=2))
         return
-    where = f" ({error.where})" if error.where and error.where not in error.message else ""
-    typer.secho("error: ", fg="red", bold=True, nl=False, err=True)
-    typer.echo(f"{error.message}{where}", err=True)
+    from ortho_cli.checkpoints.header import printable
+
+    where = f" ({printable(error.where)})" if error.where and error.where not in error.message else ""
+    color = False if os.environ.get("NO_COLOR") else None  # None: where the stream is a terminal
+    typer.secho("error: ", fg="red", bold=True, nl=False, err=True, color=color)
+    typer.echo(_harmless(error.message) + where, err=True)
     if error.hint:
-        typer.secho("hint: ", fg="cyan", nl=False, err=True)
-        typer.echo(error.hint, err=True)
+        typer.secho("hint: ", fg="cyan", nl=False, err=True, color=color)
+        typer.echo(_harmless(error.hint), err=True)
+
+
+def _harmless(text: str) -> str:
+    """`text` with its lines, and without what a file's or tensor's name could do to a terminal."""
+    from ortho_cli.checkpoints.header import printable
+
+    return "\n".join(map(printable, text.split("\n")))
 
 
 def _version(value: bool) -> None:

@@ -8,7 +8,9 @@ from typing import Annotated
 
 import typer
 
+from ortho_cli.cli.completion import presets, words
 from ortho_cli.cli.options import JsonOption
+from ortho_cli.errors import check_choice
 
 __all__ = ["app"]
 
@@ -25,7 +27,8 @@ def bench_surgery(
     checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="A .safetensors file; it is only read.")],
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Each command runs this often, shuffled.")] = 5,
     targets: Annotated[
-        list[str] | None, typer.Option("--targets", metavar="PATTERN|PRESET", help="As for add-hra.")
+        list[str] | None,
+        typer.Option("--targets", metavar="PATTERN|PRESET", autocompletion=presets, help="As for add-hra."),
     ] = None,
     folder: Annotated[
         Path | None, typer.Option("--folder", help="Where the outputs go for a moment; default beside the input.")
@@ -55,3 +58,36 @@ def bench_surgery(
         for result in results
     ]
     table(console_out(), ["command", "median s", "x copy", "range s", "peak MiB"], rows)
+
+
+@app.command("gor")
+def bench_gor(
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Each form runs this often, shuffled.")] = 30,
+    groups: Annotated[
+        int, typer.Option("--groups", min=1, help="Groups a layer at most; 1 is full orthogonality.")
+    ] = 32,
+    mode: Annotated[
+        str, typer.Option("--mode", autocompletion=words("inter", "intra"), help="inter or intra.")
+    ] = "inter",
+    threads: Annotated[int, typer.Option("--threads", min=1, help="CPU threads.")] = 2,
+    device: Annotated[str, typer.Option("--device", help="Where the weights are, e.g. cuda.")] = "cpu",
+    as_json: JsonOption = False,
+) -> None:
+    """Group orthogonality on ResNet-110's convolutions, penalty and gradient, against the loop over layers.
+
+    Example: ortho bench gor
+    """
+    check_choice("--mode", mode, ("inter", "intra"))
+    from ortho_cli.cli.show import console_out, table
+    from ortho_cli.methods.gor_benchmark import measure_gor
+
+    results = measure_gor(rounds=rounds, groups=groups, mode=mode, threads=threads, device=device)
+    if as_json:
+        listed = [result.as_dict() for result in results]
+        typer.echo(json.dumps({"schema": 1, "ok": True, "command": "bench gor", "details": listed}, indent=2))
+        return
+    rows = [
+        (result.name, f"{result.median * 1e3:.2f}", f"{min(result.seconds) * 1e3:.2f}", f"{result.speedup:.2f}")
+        for result in results
+    ]
+    table(console_out(), ["form", "median ms", "fastest ms", "x faster"], rows)

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from ortho_cli.cli.arguments import gather, required
+from ortho_cli.cli.completion import forms
 from ortho_cli.cli.options import (
     METHOD,
     DebugOption,
@@ -36,6 +37,7 @@ def convert(
         typer.Option(
             "--to",
             metavar="FORM",
+            autocompletion=forms,
             rich_help_panel=METHOD,
             help="Adapters: peft-hra, peft-lora, kohya-lora, diffusers-lora, hra-repo. "
             "Checkpoints: ldm, diffusers, base (take an adapter out), safetensors.",

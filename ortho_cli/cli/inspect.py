@@ -104,6 +104,7 @@ def _shape(value: object) -> str:
 
 
 def _show(report: Report) -> None:
+    from ortho_cli.checkpoints.header import printable
     from ortho_cli.cli.show import console_out, human_bytes, show_notes, table
 
     totals, console = report.totals, console_out()
@@ -140,7 +141,8 @@ def _show(report: Report) -> None:
         console.print()
         table(console, None, _adapter_rows(totals["adapter"]))
     for key, text in totals.get("made_by", {}).items():
-        console.print(f"{key}: {text if len(text) <= 160 else text[:157] + '...'}", markup=False, highlight=False)
+        line = printable(f"{key}: {text if len(text) <= 160 else text[:157] + '...'}")
+        console.print(line, markup=False, highlight=False)
     show_notes(console, report.notes)
 
 

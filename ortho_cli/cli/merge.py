@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from ortho_cli.cli.arguments import gather, required
+from ortho_cli.cli.completion import words
 from ortho_cli.cli.options import (
     METHOD,
     DebugOption,
@@ -42,7 +43,11 @@ def merge(
     dtype: Annotated[
         str,
         typer.Option(
-            "--dtype", metavar="keep|fp16|bf16|fp32", help="Float type of the whole output.", rich_help_panel=METHOD
+            "--dtype",
+            metavar="keep|fp16|bf16|fp32",
+            autocompletion=words("keep", "fp16", "bf16", "fp32"),
+            help="Float type of the whole output.",
+            rich_help_panel=METHOD,
         ),
     ] = "keep",
     max_shard_size: ShardOption = None,

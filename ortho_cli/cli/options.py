@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from ortho_cli.cli.completion import recipes
+
 __all__ = [
     "DebugOption", "DryRunOption", "ForceOption", "JsonOption", "OutputOption", "PrivateOption", "PushOption",
     "QuietOption", "RecipeOption", "SaveRecipeOption", "ShardOption", "VerboseOption",
@@ -45,7 +47,12 @@ PrivateOption = Annotated[
 ]
 RecipeOption = Annotated[
     str | None,
-    typer.Option("--recipe", metavar="FILE", help="Take arguments from a recipe; options given here win."),
+    typer.Option(
+        "--recipe",
+        metavar="FILE",
+        help="Take arguments from a recipe; options given here win.",
+        autocompletion=recipes,
+    ),
 ]
 SaveRecipeOption = Annotated[
     Path | None,

@@ -5,13 +5,15 @@ stdout is data and nothing else. pydantic and yaml are imported by the functions
 
 from __future__ import annotations
 
+import importlib
 import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from ortho_cli.errors import OutputError, RecipeError
+from ortho_cli.cli.completion import recipes
+from ortho_cli.errors import OrthoError, OutputError
 
 __all__ = ["app"]
 
@@ -23,20 +25,22 @@ app = typer.Typer(
     add_completion=False,
 )
 
-Name = Annotated[str, typer.Argument(metavar="NAME", help="A shipped recipe's name, or a file.")]
+Name = Annotated[
+    str, typer.Argument(metavar="NAME", help="A shipped recipe's name, or a file.", autocompletion=recipes)
+]
 
 
 @app.command("list")
 def list_recipes(as_json: Annotated[bool, typer.Option("--json", help="One JSON object on stdout.")] = False) -> None:
     """List the shipped recipes: name, what each is for, its command."""
+    from ortho_cli.recipe.catalog import command_of, load_any
     from ortho_cli.recipe.shipped import purpose, shipped
-    from ortho_cli.recipe.verbs import command, load_recipe
 
     rows = [
         {
             "name": name,
             "purpose": purpose(path),
-            "command": command(load_recipe(str(path)).verb, name),
+            "command": command_of(load_any(str(path)), name),
             "path": str(path),
         }
         for name, path in shipped().items()
@@ -52,39 +56,65 @@ def list_recipes(as_json: Annotated[bool, typer.Option("--json", help="One JSON 
 @app.command()
 def show(name: Name) -> None:
     """Print a recipe as YAML with every default filled in."""
-    from ortho_cli.recipe.verbs import load_recipe
-    from ortho_cli.recipe.write import to_yaml
+    from ortho_cli.recipe.catalog import load_any, shown
 
-    typer.echo(to_yaml(load_recipe(name).model_dump(by_alias=True)), nl=False)
+    typer.echo(shown(load_any(name)), nl=False)
 
 
 @app.command()
-def check(files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Recipe files or names.")]) -> None:
+def check(
+    files: Annotated[
+        list[str], typer.Argument(metavar="FILE...", help="Recipe files or names.", autocompletion=recipes)
+    ],
+    data: Annotated[
+        bool, typer.Option("--data", help="Also look for the training data, and say how to get it.")
+    ] = False,
+) -> None:
     """Check recipes: all errors of all files at once, exit code 3."""
-    from ortho_cli.recipe.verbs import load_recipe
+    from ortho_cli.recipe.catalog import load_any
 
-    refused: list[RecipeError] = []
+    refused: list[OrthoError] = []
     for file in files:
         try:
-            load_recipe(file)
-        except RecipeError as error:
+            recipe = load_any(file)
+            found = _describe_data(recipe) if data else ""
+        except OrthoError as error:
             refused.append(error)
         else:
             typer.echo(f"ok: {file}")
+            if found:
+                typer.echo(found)
     if refused:
         hints = dict.fromkeys(error.hint for error in refused if error.hint)
         message = "\n".join(error.message for error in refused)
-        raise RecipeError(message, hint="\n".join(hints) or None, where=refused[0].where)
+        raise type(refused[0])(message, hint="\n".join(hints) or None, where=refused[0].where)
+
+
+def _describe_data(recipe: object) -> str:
+    """What a training recipe's data is, as text; nothing for a recipe that trains nothing.
+
+    Raises:
+        OrthoError: the data is not there, or not as it should be; the hint says how to get it.
+    """
+    section = getattr(recipe, "data", None)
+    if section is None:
+        return ""
+    from ortho_cli.recipe.write import plain_data, to_yaml
+
+    # By name: help must not load what looks into data.
+    found = importlib.import_module("ortho_cli.tasks.data_check").describe_data(section)
+    text = found if isinstance(found, str) else to_yaml(dict(plain_data(found)))
+    return text.rstrip("\n")
 
 
 @app.command()
 def schema(
-    verb: Annotated[str | None, typer.Option("--verb", help="Only this verb's recipes, e.g. merge.")] = None,
+    verb: Annotated[str | None, typer.Option("--verb", help="Only this verb's recipes, e.g. train.")] = None,
 ) -> None:
     """Print the JSON Schema of recipes, for editors."""
-    from ortho_cli.recipe.verbs import schema as schema_of
+    from ortho_cli.recipe.catalog import any_schema
 
-    typer.echo(json.dumps(schema_of(verb), indent=2))
+    typer.echo(json.dumps(any_schema(verb), indent=2))
 
 
 @app.command()

@@ -47,7 +47,7 @@ def show_report(report: Report, *, as_json: bool, quiet: bool, verbose: bool) ->
 def show_notes(console: Console, notes: Iterable[str]) -> None:
     """One line for each note."""
     for note in dict.fromkeys(notes):
-        console.print(f"note: {note}", style="yellow", highlight=False, markup=False)
+        console.print(_cell(f"note: {note}"), style="yellow", highlight=False, markup=False)
 
 
 def console_out() -> Console:
@@ -107,7 +107,7 @@ def _layers(console: Console, report: Report, verbose: bool) -> None:
     if prefix and title:
         title += f", all below {prefix}"
     if title:
-        console.print(title, style="bold")
+        console.print(_cell(title), style="bold")
     headers = ["layer", *(key.replace("_", " ") for key in present)]
     start = len(prefix) if title else 0
     table(

@@ -9,14 +9,13 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ortho_cli.errors import CheckpointError
 
-__all__ = ["Timing", "measure_surgery", "run_rounds"]
+__all__ = ["Timing", "measure_surgery", "run_once", "run_rounds"]
 
 COPY = "copy + fsync"
 # Runs in a fresh interpreter, as whoever merges with plain safetensors would write it.
@@ -75,7 +74,7 @@ def measure_surgery(
     with tempfile.TemporaryDirectory(dir=folder or checkpoint.absolute().parent, prefix=".ortho-bench-") as scratch:
         place = Path(scratch)
         out, adapter, source = str(place / "out.safetensors"), str(place / "adapter"), str(checkpoint)
-        _once([*ORTHO, "add-hra", source, "-o", adapter, "-q", *choice])
+        run_once([*ORTHO, "add-hra", source, "-o", adapter, "-q", *choice])
         commands = {
             COPY: [sys.executable, "-c", COPY_SYNC, source, out],
             "import torch": [sys.executable, "-c", "import torch"],
@@ -100,7 +99,7 @@ def run_rounds(commands: dict[str, list[str]], rounds: int, outputs: Sequence[Pa
             for output in outputs:
                 shutil.rmtree(output, ignore_errors=True) if output.is_dir() else output.unlink(missing_ok=True)
             os.sync()
-            seconds, peak = _once(commands[name])
+            seconds, peak = run_once(commands[name])
             timings[name].seconds.append(seconds)
             timings[name].peak_bytes = max(timings[name].peak_bytes, peak)
     first = next(iter(timings.values())).median
@@ -109,16 +108,29 @@ def run_rounds(commands: dict[str, list[str]], rounds: int, outputs: Sequence[Pa
     return list(timings.values())
 
 
-def _once(command: Sequence[str]) -> tuple[float, int]:
-    """Wall seconds and peak resident bytes of one command; its failure is ours."""
-    started = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    assert process.stderr is not None
-    talk = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    process.stderr.close()
-    seconds = time.perf_counter() - started
-    if process.returncode:
-        raise CheckpointError(f"{' '.join(command[:4])} failed: {talk.decode(errors='replace').strip()[-300:]}")
-    return seconds, usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+# The system counts into a child's peak memory what its parent held when it forked; this parent holds next to nothing.
+_LAUNCH = """
+import os, sys, time
+start = time.perf_counter()
+pid = os.posix_spawn(sys.argv[2], sys.argv[2:], os.environ)
+_, status, usage = os.wait4(pid, 0)
+seconds, code = time.perf_counter() - start, os.waitstatus_to_exitcode(status)
+with open(sys.argv[1], "w") as file:
+    file.write(f"{seconds} {usage.ru_maxrss} {code}")
+"""
+
+
+def run_once(command: Sequence[str]) -> tuple[float, int]:
+    """Wall seconds and peak resident bytes of one command.
+
+    Raises:
+        CheckpointError: it failed; the message ends with what it said.
+    """
+    with tempfile.NamedTemporaryFile("r", suffix=".txt") as result:
+        launcher = [sys.executable, "-I", "-S", "-c", _LAUNCH, result.name, *command]
+        done = subprocess.run(launcher, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=True)
+        seconds, peak, code = result.read().split()
+    if int(code):
+        talk = done.stderr.decode(errors="replace").strip()[-300:]
+        raise CheckpointError(f"{' '.join(command[:4])} failed: {talk}")
+    return float(seconds), int(peak) * (1 if sys.platform == "darwin" else 1024)

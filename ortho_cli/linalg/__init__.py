@@ -7,6 +7,7 @@
 | `householder.py`, `starts.py` | HRA: the operator, and first values for new adapters |
 | `lowrank.py`, `kronecker.py`, `dora.py` | LoRA and LoCon, LoHa and LoKr, DoRA |
 | `cayley.py`, `rotation.py` | OFT: blocks from stored parameters, block rotations, angles |
+| `group.py` | group orthogonality (GOR): penalties on small sets of filters, with their gradients |
 | `precision.py` | which dtypes are computed in and which are refused |
 """
 
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 from ortho_cli.linalg.cayley import cayley, cayley_neumann, diag_oft, limit_skew, skew_from_upper, skew_part
 from ortho_cli.linalg.dora import Dora
+from ortho_cli.linalg.group import group_penalty
 from ortho_cli.linalg.householder import Householder
 from ortho_cli.linalg.kronecker import Hadamard, Kronecker
 from ortho_cli.linalg.lowrank import LowRank, fold_core
@@ -37,6 +39,7 @@ __all__ = [
     "cayley_neumann",
     "diag_oft",
     "fold_core",
+    "group_penalty",
     "limit_skew",
     "normalize",
     "orthogonality_defect",

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic_core import ErrorDetails
 
-from ortho_cli.recipe.parse import Location, Positions, Problem, dotted, plain_value
+from ortho_cli.recipe.parse import Location, Positions, Problem, plain_value
 
 __all__ = ["explain", "listed", "nearest"]
 
@@ -63,20 +63,19 @@ def explain(errors: list[ErrorDetails], root: Schema, data: object, positions: P
         # A union reports every branch. Where one branch took the value and failed inside, the others are noise.
         if location in outer and all(error["type"] in WANTED for error, _ in group):
             continue
-        place, (error, nodes) = positions.place(location), group[0]
+        error, nodes = group[0]
         if error["type"] == "extra_forbidden":
             known = dict.fromkeys(key for node in nodes for key in node.get("properties", ()))
             near = difflib.get_close_matches(str(location[-1]), known, n=1)
             suggested.update((*location[:-1], key) for key in near)
             reason = "no such key" + (f"; did you mean '{near[0]}'?" if near else f" here; known: {listed(known)}")
-            problems.append((location, Problem(place.key, dotted(location), reason)))
+            problems.append((location, positions.problem(location, reason, at_key=True)))
         elif error["type"] == "missing":
-            problems.append((location, Problem(place.key, dotted(location), "missing")))
+            problems.append((location, positions.problem(location, "missing", at_key=True)))
         elif error["type"].startswith("union_tag"):
             problems.append((location, _tag_problem(error, location, nodes, positions)))
         else:
-            value = _value_at(data, location)
-            problems.append((location, Problem(place.value, dotted(location), _reason(group, value))))
+            problems.append((location, positions.problem(location, _reason(group, _value_at(data, location)))))
     missing = {location for location, group in found.items() if group[0][0]["type"] == "missing"}
     return [problem for location, problem in problems if location not in missing & suggested]
 
@@ -109,11 +108,10 @@ def _tag_problem(error: ErrorDetails, here: Location, nodes: list[Schema], posit
     context = error["ctx"]
     tags = [tag for node in nodes for tag in node.get("discriminator", {}).get("mapping", ())]
     key = context["discriminator"].strip("'")
-    place = positions.place((*here, key))
     if error["type"] == "union_tag_not_found":
-        return Problem(place.key, dotted((*here, key)), f"missing; one of {listed(tags)}")
+        return positions.problem((*here, key), f"missing; one of {listed(tags)}", at_key=True)
     tag = str(context["tag"])
-    return Problem(place.value, dotted((*here, key)), f"{_show(tag)} is none of {listed(tags)}{nearest(tag, tags)}")
+    return positions.problem((*here, key), f"{_show(tag)} is none of {listed(tags)}{nearest(tag, tags)}")
 
 
 def _trace(root: Schema, data: object, loc: Iterable[str | int]) -> tuple[Location, list[Schema]]:

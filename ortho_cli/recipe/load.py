@@ -17,7 +17,7 @@ from ortho_cli.errors import RecipeError
 from ortho_cli.recipe.explain import explain
 from ortho_cli.recipe.parse import Positions, Problem, parse_yaml, refusal
 
-__all__ = ["load_yaml", "read_recipe", "validate"]
+__all__ = ["inspect", "load_yaml", "read_recipe", "validate"]
 
 Model = TypeVar("Model", bound=BaseModel)
 
@@ -76,13 +76,23 @@ def validate(
     Raises:
         RecipeError: one line for each problem, `file:line: key: reason; did you mean 'rank'?`.
     """
+    instance, problems = inspect(model_class, data, positions)
+    if instance is None:
+        raise refusal(str(path), problems, hint)
+    return instance
+
+
+def inspect(
+    model_class: type[Model], data: dict[str, object], positions: Positions
+) -> tuple[Model | None, list[Problem]]:
+    """As :func:`validate`, but gives the problems instead of raising them; the instance only where there are none."""
     problems = list(positions.problems)
     try:
         instance = model_class.model_validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
-        told = {(problem.line, problem.key) for problem in problems}  # a value that could not be read has none to check
+        # A value that could not be read has none to check.
+        told = {(problem.line, problem.key) for problem in problems}
         found = explain(error.errors(include_url=False), model_class.model_json_schema(), data, positions)
         problems += [problem for problem in found if (problem.line, problem.key) not in told]
-    if problems:
-        raise refusal(str(path), problems, hint)
-    return instance
+        return None, problems
+    return (None if problems else instance), problems

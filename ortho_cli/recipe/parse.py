@@ -36,10 +36,14 @@ _UNSPEAKABLE = re.compile("[\0\ud800-\udfff]")  # no file name and no JSON text 
 
 
 class Place(NamedTuple):
-    """The lines (from 1) of a key and of its value; a list item has one line for both."""
+    """The lines (from 1) of a key and of its value; a list item has one line for both.
+
+    What the command line put there instead of the file has line 0 and its `source`, e.g. `--set train.seed`.
+    """
 
     key: int
     value: int
+    source: str = ""
 
 
 class Problem(NamedTuple):
@@ -48,6 +52,12 @@ class Problem(NamedTuple):
     line: int
     key: str
     reason: str
+    source: str = ""
+
+    def text(self, name: str) -> str:
+        """The problem as an error prints it, `file:line: key: reason`; from the command line `--set key: reason`."""
+        place = self.source or f"{name}:{self.line}"
+        return f"{place}: {self.key}: {self.reason}" if self.key else f"{place}: {self.reason}"
 
 
 @dataclass
@@ -63,14 +73,25 @@ class Positions:
             location = location[:-1]
         return self.places.get(location, Place(1, 1))
 
+    def problem(self, location: Location, reason: str, *, at_key: bool = False) -> Problem:
+        """What is wrong with the value (or, `at_key`, with the key) at a location."""
+        place = self.place(location)
+        named = place.source and location in self.places  # the source says the key already
+        return Problem(place.key if at_key else place.value, "" if named else dotted(location), reason, place.source)
+
+    def put(self, location: Location, place: Place) -> None:
+        """Let a place stand for a location and for all that was below it."""
+        self.places = {key: kept for key, kept in self.places.items() if key[: len(location)] != location}
+        self.places[location] = place
+
 
 def refusal(name: str, problems: list[Problem], hint: str | None = None) -> RecipeError:
     """One error for all problems of one file, in the order of its lines."""
     unique = sorted(dict.fromkeys(problems), key=lambda problem: problem.line)
-    lines = [f"{name}:{p.line}: {p.key}: {p.reason}" if p.key else f"{name}:{p.line}: {p.reason}" for p in unique]
+    lines = [problem.text(name) for problem in unique]
     if len(lines) > MAX_SHOWN:
         lines[MAX_SHOWN:] = [f"... and {len(lines) - MAX_SHOWN} more"]
-    return RecipeError("\n".join(lines), hint=hint, where=f"{name}:{unique[0].line}")
+    return RecipeError("\n".join(lines), hint=hint, where=unique[0].source or f"{name}:{unique[0].line}")
 
 
 def plain_value(text: str) -> str | int | float | bool | None:

@@ -9,33 +9,27 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Mapping
-from functools import reduce
-from operator import or_
-from os import PathLike, fspath
+from os import PathLike
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import AfterValidator, Field
 
-from ortho_cli.errors import RecipeError, UsageError
+from ortho_cli.errors import RecipeError
 from ortho_cli.recipe.explain import listed, nearest
 from ortho_cli.recipe.load import read_recipe, validate
 from ortho_cli.recipe.parse import Positions, Problem, parse_yaml, refusal
+from ortho_cli.recipe.section import VERSION, Count, Section, Text, Version
 from ortho_cli.recipe.shipped import find
-from ortho_cli.recipe.write import to_yaml, write_recipe
+from ortho_cli.recipe.write import plain_data, to_yaml, write_recipe
 
 __all__ = [
-    "VERBS", "Adapter", "AddHRA", "Convert", "Merge", "VerbRecipe", "command", "load_recipe", "load_verb", "save_verb",
-    "schema",
+    "TRAIN_KEYS", "VERBS", "Adapter", "AddHRA", "Convert", "Merge", "VerbRecipe", "check_verb", "command",
+    "is_training", "load_verb", "save_verb",
 ]  # fmt: skip
 
-VERSION = 1
-
-
-def _known_version(version: int) -> int:
-    if version != VERSION:
-        raise ValueError(f"version {version} is not known; this ortho reads version {VERSION}")
-    return version
+# What a recipe without `verb` is known by; the schema of these is in `train`, which a verb need not import.
+TRAIN_KEYS = frozenset({"task", "model", "data", "methods", "optimizer", "schedule", "train", "run", "matrix"})
 
 
 def _pattern_rank(text: str) -> str:
@@ -44,24 +38,12 @@ def _pattern_rank(text: str) -> str:
     return text
 
 
-Text = Annotated[str, Field(min_length=1)]
-# Not Literal[1]: that takes `true` and `1.0` for 1, strict or not.
-Version = Annotated[
-    int,
-    AfterValidator(_known_version),
-    Field(description="Version of this format.", json_schema_extra={"const": VERSION}),
-]
-Rank = Annotated[int, Field(ge=1)]
 PatternRank = Annotated[str, AfterValidator(_pattern_rank)]
 ShardSize = Annotated[Text | None, Field(description="Split larger outputs into files of at most this size, e.g. 5GB.")]
 Output = Annotated[Text | None, Field(description="The file or folder to write.")]
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class VerbRecipe(_Section):
+class VerbRecipe(Section):
     """What every verb's recipe has."""
 
     version: Version
@@ -74,7 +56,7 @@ class AddHRA(VerbRecipe):
     verb: Literal["add-hra"]
     checkpoint: Text = Field(description="The checkpoint to adapt: a file, a folder or a hub id.")
     output: Output = None
-    rank: Rank | Annotated[list[Rank | PatternRank], Field(min_length=1)] = Field(
+    rank: Count | Annotated[list[Count | PatternRank], Field(min_length=1)] = Field(
         default=8,
         description="Reflections a layer; in a list, 'pattern=rank' speaks for some layers and the last wins.",
     )
@@ -96,7 +78,7 @@ class AddHRA(VerbRecipe):
     max_shard_size: ShardSize = None
 
 
-class Adapter(_Section):
+class Adapter(Section):
     """One adapter of a merge."""
 
     path: Text = Field(description="A PEFT folder or an adapter file of any readable dialect.")
@@ -129,15 +111,9 @@ class Convert(VerbRecipe):
 VERBS: dict[str, type[VerbRecipe]] = {"add-hra": AddHRA, "merge": Merge, "convert": Convert}
 
 
-def load_recipe(name_or_path: str) -> VerbRecipe:
-    """Read and check any recipe, with every default filled in.
-
-    Raises:
-        RecipeError: no such recipe, or all that is wrong with it.
-    """
-    path = find(name_or_path)
-    data, positions = read_recipe(path)
-    return _check(data, positions, path)
+def is_training(data: Mapping[str, object]) -> bool:
+    """Whether a recipe's data is one for `ortho train`: it names no verb, but something that is trained."""
+    return "verb" not in data and not TRAIN_KEYS.isdisjoint(data)
 
 
 def load_verb(name_or_path: str, verb: str) -> dict[str, object]:
@@ -151,14 +127,14 @@ def load_verb(name_or_path: str, verb: str) -> dict[str, object]:
     """
     path = find(name_or_path)
     data, positions = read_recipe(path)
-    other = data.get("verb")
-    if other in VERBS and other != verb:
+    other = "train" if is_training(data) else data.get("verb")
+    if (other in VERBS or other == "train") and other != verb:
         raise RecipeError(
             f"this recipe is for `ortho {other}`, not for `ortho {verb}`",
-            hint=f"ortho {other} --recipe {shlex.quote(name_or_path)}",
+            hint=command(str(other), shlex.quote(name_or_path)),
             where=f"{path}:{positions.place(('verb',)).value}",
         )
-    given = _check(data, positions, path).model_dump(by_alias=True, exclude_unset=True)
+    given = check_verb(data, positions, path).model_dump(by_alias=True, exclude_unset=True)
     return {key: value for key, value in given.items() if key not in VerbRecipe.model_fields}
 
 
@@ -176,50 +152,30 @@ def save_verb(path: str | PathLike[str], verb: str, options: Mapping[str, object
         RecipeError: the options do not fit the verb's schema.
     """
     recipe = Path(path)
-    data: dict[str, object] = {"version": VERSION, "verb": verb, **{key: _plain(options[key]) for key in options}}
+    data: dict[str, object] = {"version": VERSION, "verb": verb, **{key: plain_data(options[key]) for key in options}}
     text = f"# The same again:     {command(verb, shlex.quote(recipe.name))}\n{to_yaml(data)}"
     # Read before it is written: what YAML or the schema cannot carry is refused now, not when it is needed.
-    _check(*parse_yaml(text, str(recipe)), recipe)
+    check_verb(*parse_yaml(text, str(recipe)), recipe)
     return write_recipe(recipe, text.encode(), force=force)
 
 
 def command(verb: str, name: str) -> str:
     """The command line that runs a recipe."""
-    return f"ortho {verb} --recipe {name}"
+    return f"ortho train {name}" if verb == "train" else f"ortho {verb} --recipe {name}"
 
 
-def schema(verb: str | None = None) -> dict[str, Any]:
-    """The JSON Schema of one verb's recipes, or of all, for editors.
+def check_verb(data: dict[str, object], positions: Positions, path: Path) -> VerbRecipe:
+    """A verb's recipe as an instance of the class that its key `verb` names.
 
     Raises:
-        UsageError: no such verb.
+        RecipeError: all that is wrong with it.
     """
-    if verb is None:
-        union: Any = reduce(or_, VERBS.values())
-        found = TypeAdapter(Annotated[union, Field(discriminator="verb")]).json_schema()
-    elif verb in VERBS:
-        found = VERBS[verb].model_json_schema()
-    else:
-        raise UsageError(f"no verb '{verb}' has recipes{nearest(verb, VERBS)}", hint=f"one of {listed(VERBS)}")
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **found}
-
-
-def _check(data: dict[str, object], positions: Positions, path: Path) -> VerbRecipe:
-    """The recipe as an instance of the class that its key `verb` names."""
     verb = data.get("verb")
     if not isinstance(verb, str) or verb not in VERBS:
         here = positions.place(("verb",))
         found = f"'{verb}' is none of" if "verb" in data else "missing; one of"
         reason = f"{found} {listed(VERBS)}{nearest(str(verb), VERBS)}"
-        raise refusal(str(path), [*positions.problems, Problem(here.value, "verb", reason)])
+        hint = None if "verb" in data else "a training recipe has no verb, but task, model, data, ..."
+        raise refusal(str(path), [*positions.problems, Problem(here.value, "verb", reason)], hint)
     hint = f"all keys: ortho recipe schema --verb {verb}"
     return validate(VERBS[verb], data, positions, path, hint=hint)
-
-
-def _plain(value: object) -> object:
-    """A value as YAML data."""
-    if isinstance(value, PathLike):
-        return fspath(value)
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value

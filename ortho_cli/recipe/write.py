@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
@@ -10,7 +11,7 @@ import yaml
 from ortho_cli.errors import OutputError
 from ortho_cli.recipe.parse import plain_value
 
-__all__ = ["to_yaml", "write_recipe"]
+__all__ = ["plain_data", "to_yaml", "write_recipe"]
 
 
 class _Dumper(yaml.SafeDumper):
@@ -48,6 +49,15 @@ def to_yaml(data: dict[str, object]) -> str:
     """
     text: str = yaml.dump(data, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=2**31)
     return text
+
+
+def plain_data(value: object) -> object:
+    """A value as YAML data: tuples as lists, paths as text."""
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
+    if isinstance(value, Mapping):
+        return {key: plain_data(item) for key, item in value.items()}
+    return [plain_data(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def write_recipe(path: str | os.PathLike[str], content: bytes, *, force: bool = False) -> Path:

@@ -12,11 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ortho_cli.checkpoints import layouts, targets
-from ortho_cli.checkpoints.dialects.writing import hra_tensor_name, lora_tensor_names, peft_config
+from ortho_cli.checkpoints.dialects.writing import hra_tensor_name, lora_tensor_names, peft_config, peft_name
 from ortho_cli.checkpoints.reading import tensor_bytes
 from ortho_cli.checkpoints.store import Checkpoint
 from ortho_cli.checkpoints.writer import Piece, computed
 from ortho_cli.errors import TargetError
+
 from .plan import OutputFile
 
 if TYPE_CHECKING:
@@ -71,16 +72,17 @@ def hra_folder(
     narrow = [layer for layer, factor in layers.items() if factor.shape[0] < rank]
     if narrow:
         raise TargetError(
-            f"layer {narrow[0]} is only {layers[narrow[0]].shape[0]} wide; PEFT has one rank for all layers, here {rank}",
+            f"layer {narrow[0]} is {layers[narrow[0]].shape[0]} wide; PEFT has one rank for all layers, here {rank}",
             hint="leave narrow layers out (--exclude), or keep the adapter in the checkpoint (--as checkpoint)",
         )
-    result = AdapterFiles()
+    result = AdapterFiles(notes=_name_notes(layers))
     padded = sum(own < rank for own in ranks.values())
     if padded:
         result.notes.append(f"{padded} layers of lower rank are padded to {rank} with column pairs that cancel")
     for folder, group in by_component(layers).items():
         pieces = [_padded(layers[layer], rank).piece(hra_tensor_name("peft-hra", layer)) for layer in group]
-        config = peft_config("HRA", rank, _target_modules(group, base), apply_gs=gram_schmidt, base_name=_hub_name(base))
+        modules = _target_modules(group, base)
+        config = peft_config("HRA", rank, modules, apply_gs=gram_schmidt, base_name=_hub_name(base))
         _add(result, folder, pieces, config, metadata, f"Householder reflection adapter (HRA), rank {rank}", base)
     return result
 
@@ -88,8 +90,8 @@ def hra_folder(
 def lora_folder(
     layers: Mapping[str, tuple[Factor, Factor]], base: Checkpoint | None, metadata: dict[str, str]
 ) -> AdapterFiles:
-    """A PEFT LoRA adapter of scale 1: `layers` maps canonical names to (up ``(out, r, ...)``, down ``(r, in, ...)``)."""
-    result = AdapterFiles()
+    """A PEFT LoRA adapter of scale 1: `layers` maps canonical names to up ``(out, r)`` and down ``(r, in)``."""
+    result = AdapterFiles(notes=_name_notes(layers))
     configs = lora_configs({layer: down.shape[0] for layer, (_, down) in layers.items()}, base)
     for folder, group in by_component(layers).items():
         pieces = []
@@ -110,7 +112,7 @@ def lora_configs(ranks: Mapping[str, int], base: Checkpoint | None) -> dict[str,
     for component, group in groups.items():
         own = [ranks[layer] for layer in group]
         common = max(set(own), key=lambda rank: (own.count(rank), rank))
-        other = {layouts.component_name(layer)[1]: ranks[layer] for layer in group if ranks[layer] != common}
+        other = {peft_name(layer): ranks[layer] for layer in group if ranks[layer] != common}
         configs[component] = peft_config(
             "LORA", common, _target_modules(group, base), alpha=common, rank_pattern=other, alpha_pattern=other,
             base_name=_hub_name(base),
@@ -124,6 +126,13 @@ def by_component(layers: Mapping[str, object]) -> dict[str, list[str]]:
     for layer in layers:
         groups.setdefault(layouts.component_name(layer)[0], []).append(layer)
     return groups if len(groups) > 1 else {"": [layer for group in groups.values() for layer in group]}
+
+
+def _name_notes(layers: Mapping[str, object]) -> list[str]:
+    """PEFT needs the very names of the model in memory, and CLIP's text encoder changed its own."""
+    if not any(layer.startswith("text_encoder.text_model.") for layer in layers):
+        return []
+    return ["the text encoder's layers are named as in transformers 5.6 and newer, without text_model."]
 
 
 def _add(
@@ -156,12 +165,13 @@ def _padded(factor: Factor, rank: int) -> Factor:
 
 def _target_modules(group: list[str], base: Checkpoint | None) -> list[str]:
     """The shortest list of suffixes that means exactly these layers to PEFT, else their full names."""
-    local = [layouts.component_name(layer)[1] for layer in group]
+    local = [peft_name(layer) for layer in group]
     if base is None:
         return sorted(local)
     component = layouts.component_name(group[0])[0]
-    everything = [layouts.component_name(layouts.to_canonical(name, base.layout)) for name in base.layers()]
-    return targets.suffixes(local, [name for own, name in everything if own == component]) or sorted(local)
+    canonical = [layouts.to_canonical(name, base.layout) for name in base.layers()]
+    others = [peft_name(name) for name in canonical if layouts.component_name(name)[0] == component]
+    return targets.suffixes(local, others) or sorted(local)
 
 
 def _hub_name(base: Checkpoint | None) -> str | None:
@@ -173,12 +183,20 @@ def _hub_name(base: Checkpoint | None) -> str | None:
 
 def _card(title: str, config: dict[str, Any], metadata: dict[str, str], base: Checkpoint | None) -> str:
     name = _hub_name(base)
-    front = ["library_name: peft", *([f"base_model: {name}"] if name else []), "tags:", "- ortho", f"- {config['peft_type'].lower()}"]
+    front = ["library_name: peft", *([f"base_model: {name}"] if name else [])]
+    front += ["tags:", "- ortho", f"- {config['peft_type'].lower()}"]
     lines = ["---", *front, "---", "", f"# {title}", "", f"Made by `{metadata.get('ortho.command', 'ortho')}`.", ""]
     modules = config["target_modules"]
     shown = ", ".join(f"`{module}`" for module in modules[:8]) + (", ..." if len(modules) > 8 else "")
     lines += [f"- adapted layers: {shown}"]
     if "ortho.base_fingerprint" in metadata:
         lines.append(f"- base fingerprint: `{metadata['ortho.base_fingerprint'][:16]}`")
-    lines += ["", "```python", "from peft import PeftModel", 'model = PeftModel.from_pretrained(model, "THIS_FOLDER")', "```", ""]
+    lines += [
+        "",
+        "```python",
+        "from peft import PeftModel",
+        'model = PeftModel.from_pretrained(model, "THIS_FOLDER")',
+        "```",
+        "",
+    ]
     return "\n".join(lines)

@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
-from math import prod
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ortho_cli.checkpoints import layouts, targets
+from ortho_cli.checkpoints import layouts
 from ortho_cli.checkpoints.fingerprint import base_fingerprint
 from ortho_cli.checkpoints.store import Checkpoint, open_checkpoint
-from ortho_cli.checkpoints.tensors import FLOAT_DTYPES, TensorInfo
+from ortho_cli.checkpoints.tensors import TensorInfo
 from ortho_cli.checkpoints.writer import Piece, copied
-from ortho_cli.errors import TargetError, UsageError
+from ortho_cli.errors import TargetError, UsageError, check_choice
+
 from .adapter_folder import Factor, hra_folder
 from .hra_repo import control_pieces, foreign_names, has_hra, is_sd15_ldm
+from .hra_selection import HraLayer, check_repo_layers, select_layers
 from .mirror import check_output_name, mirror, parse_size
 from .plan import Plan, Progress, Report, provenance, run
 
@@ -76,21 +77,10 @@ def add_hra(
     Cost: reads headers and 8 kB a layer; ``checkpoint`` copies the file once.
     """
     plan = plan_add_hra(
-        open_checkpoint(checkpoint), Path(output), rank=rank, targets=targets, exclude=exclude, form=form, layout=layout,
-        gram_schmidt=gram_schmidt, ema=ema, seed=seed, max_shard_size=max_shard_size,
+        open_checkpoint(checkpoint), Path(output), rank=rank, targets=targets, exclude=exclude, form=form,
+        layout=layout, gram_schmidt=gram_schmidt, ema=ema, seed=seed, max_shard_size=max_shard_size,
     )  # fmt: skip
     return run(plan, force=force, dry_run=dry_run, progress=progress)
-
-
-@dataclass(frozen=True)
-class _Layer:
-    """One layer to adapt: its native name, what PEFT calls it, the width that is rotated, and its reflections."""
-
-    native: str
-    canonical: str
-    shape: tuple[int, ...]
-    width: int
-    rank: int
 
 
 def plan_add_hra(
@@ -109,12 +99,16 @@ def plan_add_hra(
 ) -> Plan:
     """Plan `add_hra` from headers alone; arguments as there."""
     check_output_name(output)
+    check_choice("--as", form, ("adapter", "checkpoint"))
+    check_choice("--layout", layout, ("keep", "hra-repo"))
+    check_choice("--ema", ema, ("use", "keep", "drop"))
     form = form or ("checkpoint" if output.suffix == ".safetensors" else "adapter")
     if form == "adapter" and output.suffix == ".safetensors":
         raise UsageError("an adapter is a folder", hint=f"use -o {output.with_suffix('').name}, or --as checkpoint")
-    if layout == "hra-repo":
+    repo_form = layout == "hra-repo"
+    if repo_form:
         _check_hra_repo(checkpoint, form, ema, output)
-    ema = ema or ("drop" if layout == "hra-repo" else "keep")
+    ema = ema or ("drop" if repo_form else "keep")
     if has_hra(checkpoint):
         raise TargetError(
             f"{checkpoint.root.name} already holds a Householder adapter",
@@ -122,18 +116,29 @@ def plan_add_hra(
         )
     if ema == "use":
         checkpoint = _with_ema(checkpoint)
-    layers, counts = _select(checkpoint, rank, targets, exclude, gram_schmidt)
+    layers, counts = select_layers(checkpoint, rank, targets, exclude, gram_schmidt=gram_schmidt)
+    if repo_form:
+        check_repo_layers(layers, checkpoint)
     fingerprint = base_fingerprint(checkpoint, [layer.native for layer in layers])
-    method = {"name": "hra", "rank": _ranks(layers), "gram_schmidt": gram_schmidt, "seed": seed, "start": "identity"}
-    options = {
+    # `gram_schmidt`: how it is to be trained. `apply_GS`: how the stored columns act; with a frozen start, as they are.
+    method: dict[str, object] = {
+        "name": "hra", "rank": _ranks(layers), "gram_schmidt": gram_schmidt, "apply_GS": gram_schmidt and repo_form,
+        "seed": seed, "start": "reflection" if gram_schmidt and repo_form else "identity",
+    }  # fmt: skip
+    options: dict[str, object] = {
         "rank": list(rank) if not isinstance(rank, int) else rank, "targets": list(targets or []),
         "exclude": list(exclude), "as": form, "layout": None if layout == "keep" else layout,
-        "gram_schmidt": gram_schmidt, "ema": ema, "seed": seed,
+        "gram_schmidt": gram_schmidt, "ema": ema, "seed": seed, "max_shard_size": max_shard_size,
     }  # fmt: skip
     metadata = provenance(
-        "add-hra", [checkpoint.source.rstrip("/")], options, method=method, targets=list(counts), fingerprint=fingerprint
+        "add-hra",
+        [checkpoint.source.rstrip("/")],
+        options,
+        method=method,
+        targets=list(counts),
+        fingerprint=fingerprint,
     )
-    details = [_detail(layer, checkpoint, gram_schmidt and layout != "hra-repo") for layer in layers]
+    details = [_detail(layer, checkpoint, gram_schmidt and not repo_form) for layer in layers]
     plan = Plan("add-hra", [file.path for file in checkpoint.files], output, [], details=details)
     plan.layers, plan.parameters = len(layers), sum(detail["parameters"] for detail in details)
     plan.totals = {"targets": counts, "layout": checkpoint.layout, "form": form}
@@ -146,7 +151,6 @@ def plan_add_hra(
         return plan
     by_tensor = {f"{layer.native}.weight": layer for layer in layers}
     biases = {f"{layer.native}.bias": layer.native for layer in layers}
-    repo_form = layout == "hra-repo"
     foreign = set(foreign_names(checkpoint)) if repo_form else set()
 
     def transform(name: str, info: TensorInfo) -> Sequence[Piece]:
@@ -167,8 +171,15 @@ def plan_add_hra(
     _ema_notes(plan, checkpoint, ema)
     if repo_form:
         plan.notes.append(f"{len(extra)} tensors the authors' strict loader wants were added: control_model.*, logvar")
+        strange = [name for name in foreign if not name.startswith("model_ema.")]
+        if strange:
+            plan.notes.append(
+                f"{len(strange)} tensors the authors' loader does not know were dropped, first {min(strange)}"
+            )
         if gram_schmidt:
-            plan.notes.append("with --hra_apply_GS the authors' trainer reflects at step 0: it does not start at the identity")
+            plan.notes.append(
+                "with --hra_apply_GS the authors' trainer reflects at step 0: it does not start at the identity"
+            )
     return plan
 
 
@@ -176,10 +187,12 @@ def _check_hra_repo(checkpoint: Checkpoint, form: str, ema: str | None, output: 
     if form != "checkpoint" or output.suffix != ".safetensors":
         raise UsageError("--layout hra-repo writes one checkpoint file", hint="use -o NAME.safetensors")
     if ema == "keep":
-        raise UsageError("--layout hra-repo drops the EMA copy; its loader refuses it", hint="use --ema drop or --ema use")
+        raise UsageError(
+            "--layout hra-repo drops the EMA copy; its loader refuses it", hint="use --ema drop or --ema use"
+        )
     if not is_sd15_ldm(checkpoint):
         raise TargetError(
-            f"--layout hra-repo exists for Stable Diffusion 1.5 LDM files; {checkpoint.root.name} is {checkpoint.layout}",
+            f"--layout hra-repo is for Stable Diffusion 1.5 LDM files; {checkpoint.root.name} is {checkpoint.layout}",
             hint="leave --layout out, or convert first: ortho convert CKPT --to ldm",
         )
 
@@ -189,8 +202,8 @@ def _with_ema(checkpoint: Checkpoint) -> Checkpoint:
     tensors = dict(checkpoint.tensors)
     swapped = 0
     for name in checkpoint.tensors:
-        ema = layouts.ema_name(name) if name.startswith("model.") else None
-        if ema is not None and ema in tensors:
+        ema = layouts.ema_name(name) if name.startswith("model.diffusion_model.") else None
+        if ema is not None and ema in tensors and tensors[ema].shape == tensors[name].shape:
             tensors[name] = tensors[ema]
             swapped += 1
     if not swapped:
@@ -198,70 +211,15 @@ def _with_ema(checkpoint: Checkpoint) -> Checkpoint:
             f"--ema use: {checkpoint.root.name} has no EMA copy of its model", hint="leave --ema out, or use --ema drop"
         )
     notes = (*checkpoint.notes, f"{swapped} tensors were taken from the EMA copy")
-    return Checkpoint(
-        checkpoint.source, checkpoint.root, checkpoint.kind, checkpoint.files, tensors, checkpoint.config, notes
-    )
+    return replace(checkpoint, tensors=tensors, notes=notes)
 
 
 def _ema_notes(plan: Plan, checkpoint: Checkpoint, ema: str) -> None:
     copies = sum(name.startswith("model_ema.") for name in checkpoint.tensors)
     if copies > 2 and ema != "use":  # two counters stand even in files without EMA weights
-        plan.notes.append(f"EMA: {copies} model_ema tensors {'kept as they are' if ema == 'keep' else 'dropped'} (--ema)")
-
-
-def _select(
-    checkpoint: Checkpoint,
-    rank: int | Sequence[int | str],
-    patterns: Sequence[str] | None,
-    exclude: Sequence[str],
-    gram_schmidt: bool,
-) -> tuple[list[_Layer], dict[str, int]]:
-    shapes, layout = checkpoint.layers(), checkpoint.layout
-    if not patterns:
-        preset = targets.default_preset(shapes, layout)
-        if preset is None:
-            raise UsageError(
-                f"no default targets are known for {checkpoint.root.name} ({layout})",
-                hint=f"give --targets, a pattern or one of: {', '.join(targets.PRESETS)}",
-            )
-        patterns = [preset]
-    selection = targets.select(patterns, shapes, layout, exclude)
-    values = [rank] if isinstance(rank, int) else list(rank)
-    if not any("=" not in str(value) for value in values):
-        values.insert(0, 8)
-    ranks = targets.per_layer([str(value) for value in values], {name: shapes[name] for name in selection.layers}, layout)
-    return [
-        _checked(checkpoint, name, shapes[name], ranks[name], layout, gram_schmidt) for name in selection.layers
-    ], dict(selection.counts)
-
-
-def _checked(
-    checkpoint: Checkpoint, name: str, shape: tuple[int, ...], rank: int, layout: str, gram_schmidt: bool
-) -> _Layer:
-    """One selected layer, refused with the reason where HRA cannot sit."""
-    info = checkpoint.weight(name)
-    width = prod(shape[1:])
-    transposed = checkpoint.config.get("model_type") == "gpt2" and name.rpartition(".")[2] in ("c_attn", "c_proj", "c_fc")
-    if info.dtype not in FLOAT_DTYPES:
-        raise TargetError(f"layer {name} is stored as {info.dtype}; only float weights can be adapted")
-    if transposed or len(shape) not in (2, 4) or (len(shape) == 4 and shape[2] != shape[3]):
-        kind = "a transformers Conv1D" if transposed else f"of shape {'x'.join(map(str, shape))}"
-        raise TargetError(
-            f"layer {name} is {kind}; HRA sits on Linear layers and square 2-D convolutions",
-            hint=f"leave it out: --exclude {name}",
+        plan.notes.append(
+            f"EMA: {copies} model_ema tensors {'kept as they are' if ema == 'keep' else 'dropped'} (--ema)"
         )
-    if not gram_schmidt and rank % 2:
-        raise TargetError(
-            f"rank {rank} is odd: an odd number of reflections has determinant -1 and can never start as the identity",
-            hint=f"use --rank {rank + 1}",
-        )
-    limit = width // 2 if gram_schmidt else width
-    if not 1 <= rank <= limit:
-        raise TargetError(
-            f"rank {rank} does not fit layer {name}, which is {width} wide",
-            hint=f"use --rank {limit - limit % 2} or less, or --rank '{name}={limit - limit % 2}'",
-        )
-    return _Layer(name, layouts.to_canonical(name, layout), shape, width, rank)
 
 
 def initial_vectors(width: int, rank: int, *, seed: int, name: str, gram_schmidt: bool = False) -> Tensor:
@@ -275,19 +233,25 @@ def initial_vectors(width: int, rank: int, *, seed: int, name: str, gram_schmidt
     return (orthonormal_start if gram_schmidt else paired_start)(width, rank, generator=generator)
 
 
-def _vectors_of(layer: _Layer, seed: int, gram_schmidt: bool, *, plain: bool = False) -> Factor:
-    """The columns to store: pairs; for Gram-Schmidt ``[Q | Q]`` (frozen start and what trains), `plain` just ``Q``."""
+def _vectors_of(layer: HraLayer, seed: int, gram_schmidt: bool, *, plain: bool = False) -> Factor:
+    """The columns to store: pairs; for Gram-Schmidt the frozen start and what trains, `plain` only the latter.
+
+    Both halves of the doubled form span the same, the second in reverse: H_1 ... H_r H_r ... H_1 is the identity
+    whatever storing in float32 did to the columns' angles.
+    """
     doubled = gram_schmidt and not plain
 
     def make() -> Tensor:
+        import torch
+
         name = layouts.fingerprint_name(layer.canonical)
         vectors = initial_vectors(layer.width, layer.rank, seed=seed, name=name, gram_schmidt=gram_schmidt)
-        return vectors.repeat(1, 2) if doubled else vectors
+        return torch.cat([vectors, vectors.flip(1)], dim=1) if doubled else vectors
 
     return Factor((layer.width, layer.rank * (2 if doubled else 1)), make)
 
 
-def _detail(layer: _Layer, checkpoint: Checkpoint, doubled: bool) -> dict[str, Any]:
+def _detail(layer: HraLayer, checkpoint: Checkpoint, doubled: bool) -> dict[str, Any]:
     rank = layer.rank * (2 if doubled else 1)
     return {
         "name": layer.native,
@@ -298,6 +262,7 @@ def _detail(layer: _Layer, checkpoint: Checkpoint, doubled: bool) -> dict[str, A
     }
 
 
-def _ranks(layers: Sequence[_Layer]) -> object:
+def _ranks(layers: Sequence[HraLayer]) -> object:
+    """The rank of all layers, or the rank of each."""
     ranks = {layer.rank for layer in layers}
     return ranks.pop() if len(ranks) == 1 else {layer.canonical: layer.rank for layer in layers}

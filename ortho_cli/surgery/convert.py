@@ -7,16 +7,17 @@ from pathlib import Path
 from ortho_cli.checkpoints.adapters import read_adapter
 from ortho_cli.checkpoints.store import open_checkpoint
 from ortho_cli.errors import UsageError
+
 from .convert_adapter import ADAPTER_DIALECTS, plan_convert_adapter
 from .convert_checkpoint import (
     CHECKPOINT_FORMS,
     open_base,
     plan_base,
     plan_diffusers,
-    plan_hra_repo,
     plan_ldm,
     plan_safetensors,
 )
+from .convert_hra_repo import plan_hra_repo
 from .mirror import check_output_name
 from .plan import Plan, Progress, Report, run
 
@@ -30,7 +31,7 @@ def convert(
     output: str | Path,
     to: str,
     *,
-    base: str | None = None,
+    base: str | Path | None = None,
     force: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -56,7 +57,7 @@ def convert(
         CheckpointError: unreadable, or another base.
         OutputError: see `plan.run`.
     """
-    plan = plan_convert(source, Path(output), to, base=base, force_base=force)
+    plan = plan_convert(source, Path(output), to, base=None if base is None else str(base), force_base=force)
     return run(plan, force=force, dry_run=dry_run, progress=progress)
 
 
@@ -73,5 +74,7 @@ def plan_convert(
         return plan_hra_repo(Path(source), output, open_base(base))
     if to == "diffusers":
         return plan_diffusers(open_checkpoint(source), output, base)
+    if base is not None:
+        raise UsageError(f"--to {to} needs nothing but the checkpoint itself", hint="leave --base out")
     plans = {"ldm": plan_ldm, "base": plan_base, "safetensors": plan_safetensors}
     return plans[to](open_checkpoint(source), output)

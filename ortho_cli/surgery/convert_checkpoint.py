@@ -6,25 +6,25 @@ Nearly every tensor only changes its name, so these are copies of byte ranges.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ortho_cli.checkpoints import layouts
-from ortho_cli.checkpoints.adapters import read_adapter
 from ortho_cli.checkpoints.store import Checkpoint, open_checkpoint
 from ortho_cli.checkpoints.tensors import TensorInfo
 from ortho_cli.checkpoints.writer import Piece, copied
 from ortho_cli.errors import CheckpointError, TargetError, UsageError
+
 from . import sd15_configs
-from .convert_adapter import named_layers, reflection_factor
-from .hra_repo import control_pieces, foreign_names, has_hra, hra_layers, is_sd15_ldm
+from .fit import input_files
+from .hra_repo import has_hra, hra_layers, is_sd15_ldm
 from .ldm_buffers import CONTROL_SHAPES, ldm_only_pieces
-from .merge import input_files
 from .mirror import check_output_name, mirror
 from .plan import OutputFile, Plan, provenance
 
-__all__ = ["CHECKPOINT_FORMS", "plan_base", "plan_diffusers", "plan_hra_repo", "plan_ldm", "plan_safetensors"]
+__all__ = ["CHECKPOINT_FORMS", "plan_base", "plan_diffusers", "plan_ldm", "plan_safetensors"]
 
+LDM_PREFIXES = {"UNet": "model.diffusion_model.", "VAE": "first_stage_model.", "text encoder": "cond_stage_model."}
 CHECKPOINT_FORMS = ("ldm", "diffusers", "base", "safetensors")
 
 
@@ -74,10 +74,11 @@ def plan_diffusers(checkpoint: Checkpoint, output: Path, base: str | None = None
     Args:
         checkpoint: the LDM file.
         output: a folder.
-        base: a diffusers folder or hub id to take tokenizer, scheduler and feature extractor from.
+        base: a diffusers folder or hub id to take tokenizer, scheduler and feature extractor from; a folder's own
+            `config.json` files too, where it has them.
 
     Raises:
-        TargetError: not an SD1.5 LDM file.
+        TargetError: not an SD1.5 LDM file, or of other sizes than SD1.5's and no configuration is given.
         UsageError: the output is named like a file.
     """
     if not is_sd15_ldm(checkpoint):
@@ -87,8 +88,8 @@ def plan_diffusers(checkpoint: Checkpoint, output: Path, base: str | None = None
             f"{checkpoint.root.name} holds a Householder adapter, which diffusers has no place for",
             hint="fold it in (ortho merge) or take it out (ortho convert --to base) first",
         )
-    if output.suffix:
-        check_output_name(output)
+    check_output_name(output)
+    if output.suffix == ".safetensors":
         raise UsageError("a diffusers checkpoint is a folder", hint=f"use -o {output.with_suffix('').name}")
     groups: dict[str, list[Piece]] = {}
     dropped = []
@@ -105,10 +106,15 @@ def plan_diffusers(checkpoint: Checkpoint, output: Path, base: str | None = None
         for component, pieces in groups.items()
     ]
     plan = Plan("convert", input_files(checkpoint), output, files)
-    _pipeline_files(plan, checkpoint, list(groups), base)
+    _pipeline_files(plan, groups, base)
     unknown = [name for name in dropped if name not in layouts.LDM_ONLY and not name.startswith("model_ema.")]
     plan.notes = [*checkpoint.notes, *plan.notes, *_dropped_notes(dropped, unknown)]
-    plan.totals = {"from": "sd15-ldm", "to": "diffusers", "tensors": sum(map(len, groups.values())), "dropped": len(dropped)}
+    plan.totals = {
+        "from": "sd15-ldm",
+        "to": "diffusers",
+        "tensors": sum(map(len, groups.values())),
+        "dropped": len(dropped),
+    }
     return plan
 
 
@@ -124,30 +130,31 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:15]) + (", ..." if len(names) > 15 else "")
 
 
-def _pipeline_files(plan: Plan, checkpoint: Checkpoint, components: Iterable[str], base: str | None) -> None:
-    """Configurations from the tables; tokenizer and scheduler from a base folder, where one is given or cached."""
-    in_channels = {
-        "unet": next((i.shape[1] for n, i in checkpoint.tensors.items() if n.endswith("input_blocks.0.0.weight")), 4)
-    }
-    for component in components:
-        config = sd15_configs.component_config(component, in_channels.get(component, 4))
-        plan.texts[f"{component}/config.json"] = json.dumps(config, indent=2) + "\n"
+def _pipeline_files(plan: Plan, groups: Mapping[str, Sequence[Piece]], base: str | None) -> None:
+    """Configurations from a base folder, else from the tables; tokenizer and scheduler from the folder or the cache."""
     source = sd15_configs.companion_folder(base)
-    found: list[str] = []
+    for component, pieces in groups.items():
+        shapes = {piece.name: piece.shape for piece in pieces}
+        config = sd15_configs.component_config(component, shapes, source if base is not None else None)
+        plan.texts[f"{component}/config.json"] = json.dumps(config, indent=2) + "\n"
+    found: dict[str, None] = {}
     for folder in sd15_configs.COMPANIONS if source is not None else ():
-        for path in sorted((source / folder).glob("*")) if source is not None else ():
+        for path in sorted(source.joinpath(folder).glob("*")) if source is not None else ():
             if path.is_file():
                 plan.copies.append((path, f"{folder}/{path.name}"))
-                found.append(folder)
+                found[folder] = None
+    plan.inputs += [path for path, _ in plan.copies]
     if "scheduler" not in found:
         plan.texts["scheduler/scheduler_config.json"] = json.dumps(sd15_configs.SCHEDULER, indent=2) + "\n"
-        found.append("scheduler")
     if "tokenizer" not in found:
         plan.notes.append(
             "the tokenizer is missing (an LDM file does not hold it): give a folder or hub id that has it, "
             "--base stable-diffusion-v1-5/stable-diffusion-v1-5"
         )
-    index = sd15_configs.model_index([*components, *dict.fromkeys(found)])
+    absent = [component for component in sd15_configs.WEIGHT_NAMES if component not in groups]
+    if absent:
+        plan.notes.append(f"the file holds no {' and no '.join(absent)}: a pipeline needs them from elsewhere")
+    index = sd15_configs.model_index([*groups, *found, "scheduler"], source if found else None)
     plan.texts["model_index.json"] = json.dumps(index, indent=2) + "\n"
 
 
@@ -176,56 +183,20 @@ def plan_ldm(checkpoint: Checkpoint, output: Path) -> Plan:
             continue
         pieces.append(copied(info, ldm, layouts.ldm_shape(canonical, info.shape)))
     have = {piece.name for piece in pieces}
-    made = ldm_only_pieces(name for name in layouts.LDM_ONLY if name not in have)
+    absent = [component for component, prefix in LDM_PREFIXES.items() if not any(x.startswith(prefix) for x in have)]
+    without = tuple(LDM_PREFIXES[component] for component in absent)
+    made = ldm_only_pieces(x for x in layouts.LDM_ONLY if x not in have and not x.startswith(without))
     metadata = {"format": "pt", **provenance("convert", [checkpoint.source.rstrip("/")], {"to": "ldm"})}
     plan = Plan("convert", input_files(checkpoint), output, [OutputFile("", [*pieces, *made], metadata)])
-    plan.notes = [*checkpoint.notes, f"{len(made)} tensors that only LDM files have were made anew (noise schedule, counters)"]
+    plan.notes = [
+        *checkpoint.notes,
+        f"{len(made)} tensors that only LDM files have were made anew (noise schedule, counters)",
+    ]
     if dropped:
         plan.notes.append(f"{len(dropped)} tensors have no LDM name and were dropped: {_some(dropped)}")
-    if not any(name.startswith("model.diffusion_model.") for name in have):
-        plan.notes.append("the UNet is missing: this is a part of an LDM file")
+    if absent:
+        plan.notes.append(f"{' and '.join(absent)} missing: this is a part of an LDM file")
     plan.totals = {"from": checkpoint.layout, "to": "ldm", "tensors": len(pieces) + len(made), "dropped": len(dropped)}
-    return plan
-
-
-def plan_hra_repo(source: Path, output: Path, base: Checkpoint | None) -> Plan:
-    """A Householder adapter and its base as the HRA authors' strict loader wants them, on all 144 layers.
-
-    Layers the adapter leaves alone get column pairs that cancel, so that the set is complete.
-    """
-    from .add_hra import plan_add_hra
-
-    if base is None:
-        raise UsageError("--to hra-repo writes a whole checkpoint", hint="add --base V1-5-FILE")
-    adapter = read_adapter(source)
-    notes = list(adapter.notes)
-    layers = named_layers(adapter, base, notes.append)
-    wrong = [layer.name for layer in layers if layer.layer.kind != "hra" or layer.layer.options.get("side") == "output"]
-    ranks = {layer.layer.rank or 0 for layer in layers}
-    if wrong or len(ranks) != 1:
-        raise TargetError(
-            f"the authors' loader takes Householder adapters of one rank; found "
-            + (f"{wrong[0]} of another kind" if wrong else f"ranks {sorted(ranks)}")
-        )
-    plan = plan_add_hra(base, output, rank=ranks.pop(), layout="hra-repo")
-    index = layouts.LayerIndex(base.layers(), base.layout)
-    given = {f"{index.resolve(layer.canonical)}.hra_u": reflection_factor(layer.layer) for layer in layers}
-    strangers = given.keys() - {piece.name for file in plan.files for piece in file.pieces}
-    if strangers:
-        raise TargetError(f"the authors' loader has no place for an adapter on {sorted(strangers)[0]}")
-    metadata = provenance("convert", [adapter.source.rstrip("/"), base.source.rstrip("/")], {"to": "hra-repo"})
-    plan.files = [
-        OutputFile(
-            file.relative,
-            [given[piece.name].piece(piece.name) if piece.name in given else piece for piece in file.pieces],
-            {**{key: text for key, text in file.metadata.items() if key != "ortho.command"}, **metadata},
-        )
-        for file in plan.files
-    ]
-    plan.command, plan.inputs = "convert", input_files(base, [adapter])
-    plan.notes += notes
-    if len(given) < plan.layers:
-        plan.notes.append(f"{plan.layers - len(given)} layers without an adapter got column pairs that cancel")
     return plan
 
 

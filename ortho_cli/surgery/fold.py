@@ -5,10 +5,10 @@ Only the block is in memory. A step says how tall its blocks must be; one that n
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from math import lcm, prod, sqrt
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ortho_cli.checkpoints.adapters import Adapter, Addition
 from ortho_cli.checkpoints.reading import BLOCK_BYTES, TensorReader, row_blocks, tensor_bytes
@@ -19,82 +19,81 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from ortho_cli.linalg.operator import Operator
+
 __all__ = ["AddTo", "Fold", "Operate", "Replace", "ReplaceRows", "Step", "cast_blocks"]
+
+
+class Acting(NamedTuple):
+    """A step with what it needs in memory: how it changes a block, and the multiple of rows its blocks must have.
+
+    `rows` 0 means the whole tensor; `operator` is what the report asks for angles.
+    """
+
+    rows: int
+    apply: Callable[[Tensor, int], Tensor]
+    operator: Operator | None = None
 
 
 class Step(Protocol):
     """One change of a tensor, seen as a matrix ``(rows, rest)``."""
 
-    def prepare(self, compute: torch.dtype) -> int:
-        """Read what the step needs; returns the multiple of rows its blocks must have (0: the whole tensor)."""
-
-    def apply(self, block: Tensor, first_row: int) -> Tensor:
-        """The block after the step."""
+    def prepare(self, compute: torch.dtype) -> Acting:
+        """Read what the step needs; `apply` of the result takes a block and its first row."""
 
 
-@dataclass
+@dataclass(frozen=True)
 class Operate:
     """Let an adapter's layer act."""
 
     adapter: Adapter
     layer: str
 
-    def prepare(self, compute: torch.dtype) -> int:
-        self.operator = self.adapter.operator(self.layer, str(compute).removeprefix("torch."))
-        return self.operator.row_multiple
-
-    def apply(self, block: Tensor, first_row: int) -> Tensor:
-        return self.operator.apply(block, first_row)
+    def prepare(self, compute: torch.dtype) -> Acting:
+        operator = self.adapter.operator(self.layer, str(compute).removeprefix("torch."))
+        return Acting(operator.row_multiple, operator.apply, operator)
 
 
-@dataclass
+@dataclass(frozen=True)
 class Replace:
     """Take another tensor's values instead (`modules_to_save`, saved biases, resized embeddings)."""
 
     value: TensorInfo
 
-    def prepare(self, compute: torch.dtype) -> int:
-        with TensorReader() as reader:
-            self.rows = _matrix(reader.read(self.value)).to(compute, copy=True)
-        return 1
-
-    def apply(self, block: Tensor, first_row: int) -> Tensor:
-        return self.rows[first_row : first_row + len(block)]
+    def prepare(self, compute: torch.dtype) -> Acting:
+        return Acting(1, lambda block, first_row: _rows(self.value, first_row, block))
 
 
-@dataclass
+@dataclass(frozen=True)
 class ReplaceRows:
     """Take some rows from elsewhere (trained tokens)."""
 
     indices: Sequence[int]
     value: TensorInfo
 
-    def prepare(self, compute: torch.dtype) -> int:
+    def prepare(self, compute: torch.dtype) -> Acting:
         with TensorReader() as reader:
-            self.rows = _matrix(reader.read(self.value)).to(compute, copy=True)
-        return 1
+            rows = _matrix(reader.read(self.value)).to(compute, copy=True)
 
-    def apply(self, block: Tensor, first_row: int) -> Tensor:
-        changed = block.clone()
-        for row, index in enumerate(self.indices):
-            if first_row <= index < first_row + len(block):
-                changed[index - first_row] = self.rows[row]
-        return changed
+        def apply(block: Tensor, first_row: int) -> Tensor:
+            changed = block.clone()
+            for row, index in enumerate(self.indices):
+                if first_row <= index < first_row + len(block):
+                    changed[index - first_row] = rows[row]
+            return changed
+
+        return Acting(1, apply)
 
 
-@dataclass
+@dataclass(frozen=True)
 class AddTo:
     """Add a tensor (a full difference, a bias difference)."""
 
     addition: Addition
 
-    def prepare(self, compute: torch.dtype) -> int:
-        with TensorReader() as reader:
-            self.rows = _matrix(reader.read(self.addition.tensor)).to(compute) * self.addition.scale
-        return 1
-
-    def apply(self, block: Tensor, first_row: int) -> Tensor:
-        return block + self.rows[first_row : first_row + len(block)].reshape(block.shape)
+    def prepare(self, compute: torch.dtype) -> Acting:
+        tensor, scale = self.addition.tensor, self.addition.scale
+        return Acting(1, lambda block, first_row: block + scale * _rows(tensor, first_row, block))
 
 
 @dataclass
@@ -128,19 +127,20 @@ class Fold:
         """
         import torch
 
-        compute = torch.float64 if self.exact else torch.float32
+        compute = torch.float64 if self.exact or self.info.dtype == "F64" else torch.float32
         target = getattr(torch, TORCH_DTYPES[self.dtype])
-        multiples = [step.prepare(compute) for step in self.steps]
+        acting = [step.prepare(compute) for step in self.steps]
         source = self.info
         if self.shape != source.shape:  # resized: the replacement is all there is
             source = next(step.value for step in reversed(self.steps) if isinstance(step, Replace))
         changed = norm = 0.0
         with TensorReader() as reader:
-            for rows in row_blocks(source, 0 if 0 in multiples else lcm(*multiples), BLOCK_BYTES):
+            multiple = lcm(*(step.rows for step in acting))  # one that needs the whole tensor (0) decides
+            for rows in row_blocks(source, multiple, BLOCK_BYTES) if source.shape else [None]:
                 before = _matrix(reader.read(source, rows)).to(compute)
                 after = before
-                for step in self.steps:
-                    after = step.apply(after, rows.start)
+                for step in acting:
+                    after = step.apply(after, rows.start if rows is not None else 0)
                 changed += _square(after - before)
                 norm += _square(before)
                 result = after.to(target)
@@ -152,7 +152,7 @@ class Fold:
                     )
                 yield tensor_bytes(result)
         self.detail["relative_change"] = sqrt(changed / norm) if norm else 0.0
-        angles = [step.operator.angles() for step in self.steps if isinstance(step, Operate)]
+        angles = [step.operator.angles() for step in acting if step.operator is not None]
         largest = [float(angle.max()) for angle in angles if angle is not None and len(angle)]
         if largest:
             self.detail["largest_angle"] = max(largest)
@@ -172,6 +172,13 @@ def cast_blocks(info: TensorInfo, dtype: str) -> Iterator[Any]:
                     f"tensor {info.name} does not fit {dtype}", hint="use --dtype bf16 or keep", where=str(info.path)
                 )
             yield tensor_bytes(result)
+
+
+def _rows(info: TensorInfo, first_row: int, block: Tensor) -> Tensor:
+    """The rows of another tensor that stand beside a block, in the block's dtype."""
+    with TensorReader() as reader:
+        rows = slice(first_row, first_row + len(block)) if info.shape else None
+        return _matrix(reader.read(info, rows)).to(block.dtype, copy=True)
 
 
 def _matrix(tensor: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from ortho_cli.checkpoints import layouts
 from ortho_cli.checkpoints.store import Checkpoint
 from ortho_cli.checkpoints.writer import Piece
 from ortho_cli.errors import CheckpointError
+
 from .ldm_buffers import CONTROL_SHAPES, control_tensors, ldm_only_pieces
 
 __all__ = ["control_pieces", "foreign_names", "has_hra", "hra_layers", "is_sd15_ldm"]
@@ -21,8 +22,9 @@ def hra_layers(checkpoint: Checkpoint) -> list[str]:
 
 
 def has_hra(checkpoint: Checkpoint) -> bool:
-    """Whether a checkpoint holds a Householder adapter inside."""
-    return any(f"{layer}.fixed_linear.weight" in checkpoint.tensors for layer in hra_layers(checkpoint))
+    """Whether a checkpoint holds a Householder adapter inside, beside the weights it acts on."""
+    names = checkpoint.tensors
+    return any(f"{x}.fixed_linear.weight" in names or f"{x}.weight" in names for x in hra_layers(checkpoint))
 
 
 def is_sd15_ldm(checkpoint: Checkpoint) -> bool:

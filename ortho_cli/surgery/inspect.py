@@ -13,6 +13,7 @@ from ortho_cli.checkpoints.fingerprint import base_fingerprint
 from ortho_cli.checkpoints.layouts import LayerIndex, to_canonical
 from ortho_cli.checkpoints.store import PICKLE_SUFFIXES, Checkpoint, open_checkpoint
 from ortho_cli.errors import CheckpointError, TargetError, UsageError
+
 from .plan import Report
 
 __all__ = ["inspect", "inspect_globals"]
@@ -123,13 +124,10 @@ def _components(checkpoint: Checkpoint) -> dict[str, dict[str, int]]:
 
 
 def _part(name: str, layout: str) -> str:
-    if name.startswith(("model_ema.", "control_model.")):
-        return name.partition(".")[0]
-    if layout == "plain":
-        return name.partition(".")[0] if "." in name else "(top level)"
-    name = name.replace(".fixed_linear.", ".").replace(".hra_u", ".weight")
-    canonical = to_canonical(name, layout)
-    return canonical.partition(".")[0] if canonical.startswith(("unet.", "vae.", "text_encoder.")) else "(buffers)"
+    if name.startswith("cond_stage_model."):  # its position ids have no name in diffusers
+        return "text_encoder"
+    part, dot, _ = to_canonical(name, layout).partition(".")
+    return part if dot else ("(buffers)" if layout == "sd15-ldm" else "(top level)")
 
 
 def _layers(checkpoint: Checkpoint) -> list[dict[str, Any]]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
+from itertools import pairwise
 from math import prod
 from typing import TYPE_CHECKING, Any
 
@@ -34,14 +36,14 @@ CONTROL_SHAPES: dict[str, tuple[int, ...]] = {
     "control_model.time_embed.2.bias": (1280,),
 } | {
     f"control_model.input_hint_block.{2 * place}.{kind}": shape
-    for place, (fan_in, fan_out) in enumerate(zip(_HINT_CHANNELS, _HINT_CHANNELS[1:], strict=False))
+    for place, (fan_in, fan_out) in enumerate(pairwise(_HINT_CHANNELS))
     for kind, shape in (("weight", (fan_out, fan_in, 3, 3)), ("bias", (fan_out,)))
 }
 
 
 def ldm_only_pieces(missing: Iterable[str]) -> list[Piece]:
     """Pieces for some of the 15 names that only LDM files have (`layouts.LDM_ONLY`)."""
-    return [_piece(name, *layouts.LDM_ONLY[name], lambda name=name: _ldm_only(name)) for name in missing]
+    return [_piece(name, *layouts.LDM_ONLY[name], partial(_ldm_only, name)) for name in missing]
 
 
 def _piece(name: str, dtype: str, shape: tuple[int, ...], make: Callable[[], Tensor]) -> Piece:
@@ -90,11 +92,8 @@ def _schedule() -> dict[str, Tensor]:
 
 def control_tensors(seed: int) -> list[Piece]:
     """`control_model.*` as a fresh hint encoder (zero output, so the base model is kept) and a zero `logvar`."""
-    encoder = [
-        _piece(name, "F32", shape, lambda name=name, shape=shape: _fresh(name, shape, seed))
-        for name, shape in CONTROL_SHAPES.items()
-    ]
-    return [*encoder, _piece("logvar", "F32", (TIMESTEPS,), lambda: _zeros((TIMESTEPS,)))]
+    encoder = [_piece(name, "F32", shape, partial(_fresh, name, shape, seed)) for name, shape in CONTROL_SHAPES.items()]
+    return [*encoder, _piece("logvar", "F32", (TIMESTEPS,), partial(_zeros, (TIMESTEPS,)))]
 
 
 def _fresh(name: str, shape: tuple[int, ...], seed: int) -> Tensor:

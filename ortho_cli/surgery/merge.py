@@ -7,26 +7,27 @@ layout, sharding and small files are kept.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from ortho_cli.checkpoints import layouts
-from ortho_cli.checkpoints.adapters import Adapter, base_bound, read_adapter
-from ortho_cli.checkpoints.fingerprint import base_fingerprint
+from ortho_cli.checkpoints.adapters import Adapter, read_adapter
 from ortho_cli.checkpoints.reading import BLOCK_BYTES
 from ortho_cli.checkpoints.store import Checkpoint, open_checkpoint, read_json
 from ortho_cli.checkpoints.tensors import FLOAT_DTYPES, TensorInfo
 from ortho_cli.checkpoints.writer import Piece, computed, copied
-from ortho_cli.errors import CheckpointError, UsageError
+from ortho_cli.errors import UsageError
+
+from .fit import check_base, check_tensors, input_files
 from .fold import AddTo, Fold, Operate, Replace, ReplaceRows, Step, cast_blocks
 from .hra_repo import has_hra
 from .mirror import mirror, parse_size
 from .plan import Plan, Progress, Report, provenance, run
 
-__all__ = ["check_base", "merge", "plan_merge"]
+__all__ = ["merge", "plan_merge"]
 
 # Kinds whose operators act on any block of rows.
 _BY_ROWS = ("hra", "lora", "loha", "replaced")
@@ -92,7 +93,8 @@ def plan_merge(
     own = has_hra(base)
     if own and adapters:
         raise UsageError(
-            f"{base.root.name} holds an adapter of its own", hint=f"fold it first: ortho merge {base.root.name} -o FOLDED"
+            f"{base.root.name} holds an adapter of its own",
+            hint=f"fold it first: ortho merge {base.root.name} -o FOLDED",
         )
     if not own and not adapters:
         raise UsageError(f"no adapter given, and {base.root.name} holds none", hint="ortho merge BASE ADAPTER -o OUT")
@@ -105,20 +107,22 @@ def plan_merge(
         if own and name.endswith(".hra_u"):
             return []
         plain = name.replace(".fixed_linear.", ".") if own else name
-        target = cast if cast and info.dtype in FLOAT_DTYPES else info.dtype
         if name in changes.steps:
+            target = _target(info, cast)
             fold = Fold(info, changes.steps[name], target, exact, _detail(plain, info, changes.steps[name]))
             details.append(fold.detail)
             return [computed(plain, target, fold.shape, fold.produce)]
-        if target != info.dtype:
-            return [computed(plain, target, info.shape, lambda: cast_blocks(info, target))]
-        return [copied(info, plain)]
+        return [_taken_over(info, plain, cast)]
 
     adapter_names = [] if own else [adapter.source.rstrip("/") for adapter in adapters]
-    options = {"exact": exact, "dtype": None if dtype == "keep" else dtype}
+    options: dict[str, object] = {
+        "exact": exact,
+        "dtype": None if dtype == "keep" else dtype,
+        "max_shard_size": max_shard_size,
+    }
     metadata = provenance("merge", [base.source.rstrip("/"), *adapter_names], options)
     limit = parse_size(max_shard_size) if max_shard_size else None
-    extra = [copied(info, name) for name, info in changes.new.items()]
+    extra = [_taken_over(info, name, cast) for name, info in changes.new.items()]
     written = mirror(base, output, transform, metadata, extra=extra, max_shard_bytes=limit)
     plan = Plan("merge", input_files(base, folded), output, written.files, copies=written.copies, texts=written.texts)
     plan.details = [detail for detail in details if detail["kind"] != "replaced"]
@@ -140,6 +144,19 @@ def plan_merge(
     return plan
 
 
+def _target(info: TensorInfo, cast: str | None) -> str:
+    """The dtype a tensor is written in."""
+    return cast if cast is not None and info.dtype in FLOAT_DTYPES else info.dtype
+
+
+def _taken_over(info: TensorInfo, name: str, cast: str | None) -> Piece:
+    """A tensor that no adapter changes: its bytes, or its values in another float type."""
+    target = _target(info, cast)
+    if target == info.dtype:
+        return copied(info, name)
+    return computed(name, target, info.shape, lambda: cast_blocks(info, target))
+
+
 @dataclass
 class _Changes:
     """Native tensor name -> its steps; tensors the base lacks; and what the report should say."""
@@ -157,7 +174,8 @@ def _changes(base: Checkpoint, adapters: Sequence[Adapter], force_base: bool) ->
         changes.notes += adapter.notes
         native = index.resolve_all(list(adapter.layers))
         check_base(base, adapter, native, force_base, changes.notes.append)
-        names = _tensor_names(base, index, adapter)
+        names = _tensor_names(base, adapter)
+        check_tensors(base, adapter, names)
         for name, info in adapter.replacements.items():
             if name in names:
                 _push(changes, names[name], Replace(info))
@@ -165,11 +183,11 @@ def _changes(base: Checkpoint, adapters: Sequence[Adapter], force_base: bool) ->
                 changes.new[name] = info
                 changes.notes.append(f"{name} is not in the base and was added from the adapter")
         for name, (rows, info) in adapter.row_replacements.items():
-            _push(changes, _found(names, name, adapter), ReplaceRows(rows, info))
+            _push(changes, names[name], ReplaceRows(rows, info))
         for layer in adapter.layers:
             _push(changes, base.weight(native[layer]).name, Operate(adapter, layer))
         for name, addition in adapter.additions.items():
-            _push(changes, _found(names, name, adapter), AddTo(addition))
+            _push(changes, names[name], AddTo(addition))
     return changes
 
 
@@ -177,7 +195,7 @@ def _push(changes: _Changes, name: str, step: Step) -> None:
     changes.steps.setdefault(name, []).append(step)
 
 
-def _tensor_names(base: Checkpoint, index: layouts.LayerIndex, adapter: Adapter) -> dict[str, str]:
+def _tensor_names(base: Checkpoint, adapter: Adapter) -> dict[str, str]:
     """Names of whole tensors an adapter brings -> names in the base, for those the base has."""
     modules = dict.fromkeys(name.rpartition(".")[0].removesuffix(".fixed_linear") for name in base.tensors)
     everything = layouts.LayerIndex(modules, base.layout)
@@ -190,70 +208,6 @@ def _tensor_names(base: Checkpoint, index: layouts.LayerIndex, adapter: Adapter)
                 found[name] = candidate
                 break
     return found
-
-
-def _found(names: dict[str, str], name: str, adapter: Adapter) -> str:
-    if name not in names:
-        raise CheckpointError(f"the adapter changes {name}, which is not in the base", where=str(adapter.path))
-    return names[name]
-
-
-def check_base(
-    base: Checkpoint,
-    adapter: Adapter,
-    native: dict[str, str],
-    force: bool,
-    note: Callable[[str], None],
-) -> None:
-    """Refuse layers that do not fit, and a base-bound adapter on another base (`force` turns that into a note).
-
-    Args:
-        base: the checkpoint to change.
-        adapter: what will act on it.
-        native: the adapter's layers -> the base's.
-        force: accept another base.
-        note: receives what the report should say.
-
-    Raises:
-        CheckpointError: a shape does not fit, or the base's fingerprint is not the one the adapter was made for.
-    """
-    resized = {name.rpartition(".")[0]: info.shape for name, info in adapter.replacements.items()}
-    for name, layer in adapter.layers.items():
-        reason = layer.expects(resized.get(name, base.weight(native[name]).shape))
-        if reason is not None:
-            raise CheckpointError(
-                f"layer {name} of the adapter does not fit {base.root.name}: {reason}",
-                hint="was it trained on another model? compare: ortho inspect ADAPTER --layers",
-                where=str(adapter.path),
-            )
-    recorded = adapter.metadata.get("ortho.base_fingerprint")
-    bound = base_bound(adapter)
-    if recorded is None:
-        if bound:
-            note(f"{adapter.path.name} is right on its own base only, and does not say which that is")
-        return
-    if recorded == base_fingerprint(base, native.values()):
-        return
-    if bound and not force:
-        raise CheckpointError(
-            f"{adapter.path.name} is only right on the base it was made for; {base.root.name} is another "
-            f"(fingerprint differs from {recorded[:16]})",
-            hint="merge it into its own base, or accept the error with --force",
-            where=str(adapter.path),
-        )
-    note(
-        f"{adapter.path.name} was made for another base"
-        + (" (forced)" if bound else "; a rotation and an ordinary LoRA act on any fine-tune of it")
-    )
-
-
-def input_files(base: Checkpoint, adapters: Iterable[Adapter] = ()) -> list[Path]:
-    """Every file a plan reads."""
-    paths = [file.path for file in base.files]
-    for adapter in adapters:
-        tensors = [info for layer in adapter.layers.values() for info in layer.tensors.values()]
-        paths += sorted({info.path for info in (*tensors, *adapter.replacements.values())})
-    return list(dict.fromkeys(paths))
 
 
 def _detail(name: str, info: TensorInfo, steps: Sequence[Step]) -> dict[str, Any]:
@@ -278,11 +232,13 @@ def _fit_vocabulary(plan: Plan, base: Checkpoint, changes: _Changes) -> None:
         if isinstance(step, Replace) and step.value.shape != base.tensors[name].shape
     }
     source = next((path for path, relative in plan.copies if relative == "config.json"), None)
-    if len(sizes) != 1 or source is None:
+    if not sizes or source is None:
         return
-    new, old = sizes.pop()
+    new, old = max(sizes)
     config = read_json(source)
-    if config.get("vocab_size") == old:
+    if len(sizes) > 1 or config.get("vocab_size") != old:
+        plan.notes.append(f"the adapter resized tensors ({old:,} to {new:,} rows); config.json is left as it was")
+    else:
         plan.copies = [(path, relative) for path, relative in plan.copies if relative != "config.json"]
         plan.texts["config.json"] = json.dumps({**config, "vocab_size": new}, indent=2) + "\n"
         plan.notes.append(f"vocab_size in config.json is now {new:,} (was {old:,}): the adapter resized the embeddings")

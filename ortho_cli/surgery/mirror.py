@@ -12,11 +12,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ortho_cli.checkpoints.index import index_names
+from ortho_cli.checkpoints.header import printable
+from ortho_cli.checkpoints.index import index_names, links_out
 from ortho_cli.checkpoints.store import PICKLE_SUFFIXES, WEIGHT_SUFFIXES, Checkpoint, WeightFile
 from ortho_cli.checkpoints.tensors import TensorInfo
 from ortho_cli.checkpoints.writer import Piece
-from ortho_cli.errors import UsageError
+from ortho_cli.errors import CheckpointError, UsageError
+
 from .plan import OutputFile
 
 __all__ = ["Mirror", "check_output_name", "mirror", "parse_size"]
@@ -24,6 +26,8 @@ __all__ = ["Mirror", "check_output_name", "mirror", "parse_size"]
 Transform = Callable[[str, TensorInfo], Sequence[Piece]]
 # The same weights in other frameworks' formats: stale after surgery, so they stay behind.
 FOREIGN_WEIGHTS = (".h5", ".msgpack", ".onnx", ".ot", ".gguf", ".tflite", ".npz", ".mlmodel", ".onnx_data")
+_SHARD = re.compile(r"-\d{5}-of-\d{5}\.safetensors$")
+_NAME = re.compile(r"(diffusion_pytorch_model|adapter_model|model)(?:\.([^.-]+))?(?:-\d{5}-of-\d{5})?\.safetensors")
 UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
@@ -64,7 +68,7 @@ def parse_size(text: str) -> int:
         number, scale = upper, 1
     try:
         size = int(float(number) * scale)
-    except ValueError:
+    except (ValueError, OverflowError):
         size = 0
     if size <= 0:
         raise UsageError(f"not a size: {text!r}", hint="write it as 5GB or 500MB")
@@ -87,28 +91,38 @@ def mirror(
         output: `X.safetensors` for one file, any other name for a folder.
         transform: full tensor name and place -> the pieces that stand for it (none to drop it, several to add).
         metadata: added to each file's own metadata.
-        extra: pieces that belong to no tensor of the base; they join the first file.
+        extra: pieces that belong to no tensor of the base; they join the first file (of their component).
         max_shard_bytes: split anew, greedily in file order, instead of keeping the base's shards.
 
     Raises:
-        UsageError: one file was asked for and the base is a pipeline of several components.
+        UsageError: one file was asked for and the base is a pipeline of several components, or shards were asked for.
+        CheckpointError: a small file beside the weights is a link out of the base's folder.
     """
     check_output_name(output)
-    produced = [(file, [piece for name in file.tensors for piece in transform(name, base.tensors[name])]) for file in base.files]
-    produced[0][1].extend(extra)
+    produced = [(file, _transformed(base, file, transform)) for file in base.files]
+    for piece in extra:
+        own = next((found for file, found in produced if piece.name.startswith(f"{file.component}.")), produced[0][1])
+        own.append(piece)
     if output.suffix == ".safetensors":
+        folder = output.with_suffix("").name
         if base.kind == "pipeline":
             raise UsageError(
                 f"{base.root.name} is a pipeline of several components and cannot be one file in its own naming",
-                hint=f"give a folder: -o {output.with_suffix('').name}; or first: ortho convert {base.root.name} --to ldm",
+                hint=f"give a folder: -o {folder}; or first: ortho convert {base.root.name} --to ldm",
             )
+        if max_shard_bytes is not None:
+            raise UsageError(f"{output.name} is one file and cannot be split", hint=f"give a folder: -o {folder}")
         pieces = [piece for _, found in produced for piece in found]
         return Mirror([OutputFile("", pieces, _metadata(base.metadata, metadata))], [], {})
     texts: dict[str, str] = {}
     files: list[OutputFile] = []
     for group in _groups(produced):
         files += _component_files(group, metadata, max_shard_bytes, texts)
-    return Mirror(files, _small_files(base), texts)
+    return Mirror(files, _small_files(base, output), texts)
+
+
+def _transformed(base: Checkpoint, file: WeightFile, transform: Transform) -> list[Piece]:
+    return [piece for name in file.tensors for piece in transform(name, base.tensors[name])]
 
 
 def _groups(produced: list[tuple[WeightFile, list[Piece]]]) -> list[list[tuple[WeightFile, list[Piece]]]]:
@@ -123,23 +137,25 @@ def _component_files(
     first = group[0][0]
     folder = first.relative.rpartition("/")[0]
     prefix = f"{folder}/" if folder else ""
-    stem = _stem(first)
+    stem, variant = _stem(first)
     named = [(_safetensors_name(file), _local(pieces, file.component), file.metadata) for file, pieces in group]
     if limit is not None:
-        pieces = [piece for _, found, _ in named for piece in found]
-        shards = _split(pieces, limit)
-        own = {key: value for file, _ in group for key, value in file.metadata.items()}
-        count = len(shards)
+        shards = _split([piece for _, found, _ in named for piece in found], limit)
+        own = {key: value for file, _ in reversed(group) for key, value in file.metadata.items()}  # the first file wins
+        count, full = len(shards), f"{stem}.{variant}" if variant else stem
         named = [
-            (f"{stem}.safetensors" if count == 1 else f"{stem}-{number:05d}-of-{count:05d}.safetensors", shard, own)
+            (f"{full}.safetensors" if count == 1 else f"{full}-{number:05d}-of-{count:05d}.safetensors", shard, own)
             for number, shard in enumerate(shards, 1)
         ]
-    if len(named) > 1:
-        weight_map = {piece.name: name for name, pieces, _ in named for piece in pieces}
-        total = sum(piece.nbytes for _, pieces, _ in named for piece in pieces)
+    if len(named) > 1 or _SHARD.search(named[0][0]):  # a single shard is found through its index, too
+        everything = [(piece, name) for name, pieces, _ in named for piece in pieces]
+        weight_map = {piece.name: name for piece, name in everything}
+        repeated = next((piece.name for piece, name in everything if weight_map[piece.name] != name), None)
+        if repeated is not None:
+            raise CheckpointError(f"two tensors of the output have the name {printable(repeated)!r}")
+        total = sum(piece.nbytes for piece, _ in everything)
         index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-        variant = re.search(r"\.([^.-]+)-\d{5}-of-", named[0][0])
-        texts[prefix + index_names(stem, variant[1] if variant else None)[0]] = json.dumps(index, indent=2) + "\n"
+        texts[prefix + index_names(stem, variant)[0]] = json.dumps(index, indent=2) + "\n"
     return [OutputFile(prefix + name, pieces, _metadata(own, metadata)) for name, pieces, own in named]
 
 
@@ -153,22 +169,20 @@ def _local(pieces: Iterable[Piece], component: str) -> list[Piece]:
     ]
 
 
-def _stem(file: WeightFile) -> str:
-    """`model` or `diffusion_pytorch_model`: what the shards of a folder are called."""
-    name = _safetensors_name(file)
-    for known in ("diffusion_pytorch_model", "model"):
-        if name.startswith(known):
-            return known
-    return "model"
+def _stem(file: WeightFile) -> tuple[str, str | None]:
+    """What the weights of a folder are called, `model` or `diffusion_pytorch_model`, and their variant, if any."""
+    match = _NAME.fullmatch(_safetensors_name(file))
+    return (match[1], match[2]) if match else ("model", None)
 
 
 def _safetensors_name(file: WeightFile) -> str:
-    """The file's name in the output: its own, without variant, or the safetensors name a pickle's library expects."""
+    """The file's name in the output: its own, or the safetensors name that a pickle's library expects."""
     if not file.relative:
         return "model.safetensors"
     name = Path(file.relative).name
     if file.format == "pickle":
-        return name.rpartition(".")[0].replace("pytorch_model", "model", name.startswith("pytorch_model")) + ".safetensors"
+        stem = name.rpartition(".")[0]
+        name = f"{stem.removeprefix('pytorch_') if stem.startswith('pytorch_model') else stem}.safetensors"
     return name
 
 
@@ -184,18 +198,23 @@ def _split(pieces: Sequence[Piece], limit: int) -> list[list[Piece]]:
     return shards
 
 
-def _small_files(base: Checkpoint) -> list[tuple[Path, str]]:
-    """Configurations, tokenizers and cards that travel along: everything but weights, their indices and hidden files."""
+def _small_files(base: Checkpoint, output: Path) -> list[tuple[Path, str]]:
+    """Configurations, tokenizers, cards: everything but weights, their indices, hidden files and the output itself."""
     if base.kind == "file" or not base.root.is_dir():
         return []
-    found = []
+    found, inside = [], output.resolve()
     for path in sorted(base.root.rglob("*")):
         relative = path.relative_to(base.root)
         hidden = any(part.startswith(".") for part in relative.parts)
         if hidden or not path.is_file() or path.suffix in (*WEIGHT_SUFFIXES, *FOREIGN_WEIGHTS):
             continue
-        if ".index." in path.name and path.suffix == ".json":
+        is_index = ".index." in path.name and path.suffix == ".json"
+        if is_index or path.parent.resolve().is_relative_to(inside):
             continue
+        if links_out(path, base.root):  # a stranger's folder must not lead a copy of our files into the output
+            raise CheckpointError(
+                f"{printable(relative.as_posix())} is a link out of the folder", hint="put the file itself in its place"
+            )
         found.append((path, relative.as_posix()))
     return found
 

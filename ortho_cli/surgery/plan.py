@@ -130,7 +130,8 @@ def run(plan: Plan, *, force: bool = False, dry_run: bool = False, progress: Pro
         NumericsError: a computed weight is not finite; nothing was left behind.
     """
     started = time.perf_counter()
-    check_output(plan.output, plan.inputs, plan.bytes_out, force=force)
+    inputs = [*plan.inputs, *(source for source, _ in plan.copies)]
+    check_output(plan.output, inputs, plan.bytes_out, force=force)
     if dry_run:
         return plan.report([], time.perf_counter() - started, dry_run=True)
     if progress is not None:
@@ -190,14 +191,15 @@ def provenance(
     >>> provenance("merge", ["/data/base.safetensors"], {"exact": True})["ortho.command"]
     'ortho merge base.safetensors --exact'
     """
-    words = ["ortho", verb, *(Path(str(item)).name for item in inputs)]
+    words = ["ortho", verb, *(Path(str(item)).name or str(item) for item in inputs)]
     for key, value in options.items():
         if value is None or value is False or value == []:
             continue
         flag = "--" + key.replace("_", "-")
         for item in value if isinstance(value, (list, tuple)) else [value]:
             words += [flag] if item is True else [flag, Path(item).name if isinstance(item, Path) else str(item)]
-    found = {"ortho.version": __version__, "ortho.command": " ".join(words)}
+    command = " ".join(words).encode("utf-8", "backslashreplace").decode()  # file names may be no text
+    found = {"ortho.version": __version__, "ortho.command": command}
     if method is not None:
         found["ortho.method"] = json.dumps(method, sort_keys=True)
     if targets:

@@ -5,11 +5,12 @@ Tokenizer and feature extractor are vocabulary files, not tables: they come from
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ortho_cli.errors import CheckpointError
+from ortho_cli.checkpoints.store import read_json
+from ortho_cli.errors import CheckpointError, TargetError
 
 __all__ = ["COMPANIONS", "SCHEDULER", "WEIGHT_NAMES", "companion_folder", "component_config", "model_index"]
 
@@ -47,6 +48,12 @@ SCHEDULER: dict[str, Any] = {
     "beta_schedule": "scaled_linear", "beta_start": 0.00085, "num_train_timesteps": 1000, "set_alpha_to_one": False,
     "skip_prk_steps": True, "steps_offset": 1, "trained_betas": None, "clip_sample": False,
 }  # fmt: skip
+# A tensor of each component, the axis that tells its size, and the size.
+_TELLING = {
+    "unet": ("conv_in.weight", 0, 320),
+    "vae": ("encoder.conv_in.weight", 0, 128),
+    "text_encoder": ("text_model.embeddings.token_embedding.weight", 1, 768),
+}
 _CLASSES = {
     "unet": ["diffusers", "UNet2DConditionModel"],
     "vae": ["diffusers", "AutoencoderKL"],
@@ -57,17 +64,38 @@ _CLASSES = {
 }
 
 
-def component_config(component: str, in_channels: int = 4) -> dict[str, Any]:
-    """The `config.json` of one component; inpainting UNets have 9 input channels."""
+def component_config(component: str, shapes: Mapping[str, tuple[int, ...]], folder: Path | None) -> dict[str, Any]:
+    """The `config.json` of one component: a folder's own, else SD1.5's for tensors of SD1.5's sizes.
+
+    Raises:
+        TargetError: the tensors are of another size, and no folder says which model they are.
+    """
+    if folder is not None and (folder / component / "config.json").is_file():
+        return read_json(folder / component / "config.json")
     config = {"unet": _UNET, "vae": _VAE, "text_encoder": _TEXT}[component]
-    return {**config, "in_channels": in_channels} if component == "unet" else config
+    name, axis, size = _TELLING[component]
+    if name in shapes and shapes[name][axis] != size:
+        raise TargetError(
+            f"the {component} is not of Stable Diffusion 1.5's size: {name} is {shapes[name]}, with {size} expected",
+            hint="give a diffusers folder with its config.json as --base",
+        )
+    # Inpainting UNets have 9 input channels.
+    return {**config, "in_channels": shapes["conv_in.weight"][1]} if "conv_in.weight" in shapes else dict(config)
 
 
-def model_index(components: Iterable[str]) -> dict[str, Any]:
-    """The `model_index.json` of a pipeline that has these components; what is absent is written as null."""
+def model_index(components: Iterable[str], folder: Path | None) -> dict[str, Any]:
+    """The `model_index.json` of a pipeline that has these components; what is absent is written as null.
+
+    Args:
+        components: what the pipeline has.
+        folder: where tokenizer and scheduler come from; its own index says of which classes they are.
+    """
     have = set(components)
+    known = folder / "model_index.json" if folder is not None else None
+    theirs = read_json(known) if known is not None and known.is_file() else {}
+    classes = {**_CLASSES, **{name: theirs[name] for name in COMPANIONS if (theirs.get(name) or [None])[0]}}
     index: dict[str, Any] = {"_class_name": "StableDiffusionPipeline", "_diffusers_version": DIFFUSERS_VERSION}
-    index |= {name: classes if name in have else [None, None] for name, classes in _CLASSES.items()}
+    index |= {name: pair if name in have else [None, None] for name, pair in classes.items()}
     return {**index, "requires_safety_checker": False, "safety_checker": [None, None]}
 
 

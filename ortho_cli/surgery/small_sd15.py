@@ -95,4 +95,5 @@ def _values(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     if len(shape) == 1:
         return torch.ones(shape) if name.endswith("weight") else torch.zeros(shape)
     generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator) / shape[1] ** 0.5
+    values: Tensor = torch.randn(shape, generator=generator) / shape[1] ** 0.5
+    return values

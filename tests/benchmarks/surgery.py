@@ -74,19 +74,15 @@ def main() -> None:
         peak = timing.peak_bytes / 1e6
         within = (limit is None or ratio <= limit) and (megabytes is None or peak <= megabytes)
         verdict = "" if megabytes is None else ("within" if within else "OVER") + f" ({limit or '-'} x, {megabytes} MB)"
-        low, high = timing.lowest, timing.highest
-        print(
-            f"{name:32} {timing.median:7.2f} s  {ratio:5.2f} x copy  [{low:.1f} - {high:.1f}]  {peak:5.0f} MB  {verdict}"
-        )
+        spread = f"[{timing.lowest:.1f} - {timing.highest:.1f}]"
+        print(f"{name:32} {timing.median:7.2f} s  {ratio:5.2f} x copy  {spread}  {peak:5.0f} MB  {verdict}")
     seconds = []
     for _ in range(2 * options.rounds + 1):
         started = time.perf_counter()
         subprocess.run([sys.executable, "-m", "ortho_cli", "--help"], stdout=subprocess.DEVNULL, check=True)
         seconds.append(time.perf_counter() - started)
-    help_seconds = statistics.median(seconds)
-    print(
-        f"{'ortho --help':32} {help_seconds:7.2f} s  {'within' if help_seconds <= HELP_SECONDS else 'OVER'} ({HELP_SECONDS} s)"
-    )
+    median = statistics.median(seconds)
+    print(f"{'ortho --help':32} {median:7.2f} s  {'within' if median <= HELP_SECONDS else 'OVER'} ({HELP_SECONDS} s)")
 
 
 if __name__ == "__main__":

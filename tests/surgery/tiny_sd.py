@@ -24,7 +24,8 @@ VAE = {
 }  # fmt: skip
 CLIP = {
     "hidden_size": TEXT_WIDTH, "intermediate_size": 64, "num_hidden_layers": 12, "num_attention_heads": 4,
-    "projection_dim": TEXT_WIDTH, "max_position_embeddings": 77, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 1,
+    "projection_dim": TEXT_WIDTH, "max_position_embeddings": 77, "bos_token_id": 0, "eos_token_id": 1,
+    "pad_token_id": 1,
 }  # fmt: skip
 SCHEDULER = {
     "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False,

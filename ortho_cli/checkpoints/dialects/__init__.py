@@ -16,6 +16,7 @@ from typing import Any
 
 from ortho_cli import registry
 from ortho_cli.checkpoints.header import printable
+from ortho_cli.checkpoints.layouts import to_canonical
 from ortho_cli.checkpoints.store import Checkpoint, open_checkpoint, read_json
 from ortho_cli.errors import CheckpointError
 

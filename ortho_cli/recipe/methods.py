@@ -1,0 +1,135 @@
+"""The `methods` section: what is done to the model while it trains, in this order.
+
+One class a method; its keys and defaults are CONTRACTS.md 4. What depends on the model (does a pattern match, is a rank
+too large) is the method's to say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
+
+from ortho_cli.recipe.section import Count, NotNegative, Patterns, Positive, Rejection, Section, Share, Text
+
+__all__ = ["GOR", "HRA", "PEFT", "LoRA", "Method", "MethodSection"]
+
+AutoTargets = Annotated[
+    Literal["auto"] | Annotated[Patterns, Field(min_length=1)],
+    Field(description="Patterns of layer names or a preset's name; auto: by the architecture."),
+]
+Exclude = Annotated[Patterns, Field(description="Patterns of layers to leave alone.")]
+OwnRate = Annotated[
+    Positive | None, Field(description="A learning rate of its own at the peak; null: the optimizer's.")
+]
+
+
+class MethodSection(Section):
+    """What every method has."""
+
+    name: str
+    once: ClassVar[bool] = True
+    """Whether a recipe may hold only one of its name."""
+
+
+class _Adapter(MethodSection):
+    """A method that puts an adapter into layers, a new one or one to go on with."""
+
+    name: str
+    rank: Count
+    targets: AutoTargets = "auto"
+    exclude: Exclude = ()
+    adapter: Text | None = Field(
+        default=None, description="An adapter to go on with; what shapes it (rank, targets ...) is then its own."
+    )
+    lr: OwnRate = None
+    shape: ClassVar[frozenset[str]] = frozenset({"rank", "targets", "exclude"})
+    """Keys that an adapter to go on with brings along: a given one must agree, one left out says nothing."""
+
+    @model_serializer(mode="wrap")
+    def _only_what_holds(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """All keys; without the defaults of those that the adapter decides."""
+        dumped: dict[str, Any] = handler(self)
+        unsaid = self.shape - self.model_fields_set if self.adapter is not None else frozenset()
+        return {key: value for key, value in dumped.items() if key not in unsaid}
+
+
+class HRA(_Adapter):
+    """Householder reflection adaptation (arXiv:2405.17484)."""
+
+    name: Literal["hra"] = Field(description="The method.")
+    rank: Count = Field(default=8, description="Reflections a layer, even unless gram_schmidt.")
+    side: Literal["input", "output"] = Field(default="input", description="The side of a weight that is turned.")
+    gram_schmidt: bool = Field(default=False, description="Keep the reflections orthonormal (the paper's lambda = inf).")
+    start: Literal["identity", "reflection"] = Field(
+        default="identity", description="With gram_schmidt: leave the model as it is, or the paper's reflected start."
+    )
+    penalty: NotNegative = Field(
+        default=0.0, description="Weight of the penalty on reflections that are not orthogonal (lambda)."
+    )
+    penalty_form: Literal["squared", "norm"] = Field(
+        default="squared", description="The paper's squared Frobenius norm, or its code's unsquared one."
+    )
+    bias: Literal["none", "all", "hra_only"] = Field(
+        default="none", description="Which biases train too: none, all of the model, or the adapted layers'."
+    )
+    eps: NotNegative = Field(
+        default=0.0, description="Softens reflections as the authors' LLaMA code does; above 0 not orthogonal."
+    )
+    shape: ClassVar[frozenset[str]] = _Adapter.shape | {"side", "gram_schmidt", "start", "eps"}
+
+    def problems(self) -> Iterator[Rejection]:
+        """What can start as the identity, and what Gram-Schmidt rules out."""
+        if self.adapter is None and not self.gram_schmidt:
+            if self.rank % 2:
+                near = f"{self.rank - 1} or {self.rank + 1}" if self.rank > 1 else "2"
+                yield ("rank",), f"must be even to start as the identity, found {self.rank}; take {near}"
+            if self.start == "reflection":
+                yield ("start",), "reflection is the start of gram_schmidt: true; plain HRA starts as the identity"
+        if self.gram_schmidt and self.eps:
+            yield ("eps",), f"gram_schmidt has no soft form: eps must be 0, found {self.eps:g}"
+
+
+class LoRA(_Adapter):
+    """Low-rank adaptation (arXiv:2106.09685), the reference to compare with."""
+
+    name: Literal["lora"] = Field(description="The method.")
+    rank: Count = Field(default=8, description="Rank of the update.")
+    alpha: Positive | None = Field(default=None, description="Scale times rank; null: the rank, so that the scale is 1.")
+    rslora: bool = Field(default=False, description="Divide alpha by the square root of the rank instead of the rank.")
+    dropout: Share = Field(default=0.0, description="Share of an adapted layer's input that is dropped.")
+    shape: ClassVar[frozenset[str]] = _Adapter.shape | {"alpha", "rslora"}
+
+
+class GOR(MethodSection):
+    """Group orthogonalization regularization (arXiv:2306.10001)."""
+
+    once: ClassVar[bool] = False  # convolutions and linear layers may want other groups
+
+    name: Literal["gor"] = Field(description="The method.")
+    mode: Literal["inter", "intra"] = Field(
+        default="inter", description="Consecutive filters, or those of equal place in all groups, become orthonormal."
+    )
+    groups: Count = Field(default=32, description="Groups a layer at most; 1 is full soft orthogonality.")
+    min_filters: Count = Field(default=4, description="Filters a group at least, which limits the groups.")
+    penalty: NotNegative = Field(default=1e-2, description="Weight of the penalty (lambda).")
+    targets: Literal["conv", "linear", "all"] | Annotated[Patterns, Field(min_length=1)] = Field(
+        default="conv", description="Which layers: a kind, or patterns of their names."
+    )
+    normalize: bool = Field(default=False, description="The scale-free variant: filters are compared at length 1.")
+
+
+class PEFT(MethodSection):
+    """Any adapter of the installed PEFT library."""
+
+    name: Literal["peft"] = Field(description="The method.")
+    config: dict[str, Any] = Field(description="Keys of the PEFT config, with peft_type: OFT, BOFT, ...")
+
+    def problems(self) -> Iterator[Rejection]:
+        """PEFT tells its configs by `peft_type`."""
+        if not isinstance(self.config.get("peft_type"), str):
+            yield ("config",), "needs peft_type: NAME, e.g. OFT"
+
+
+Method = Annotated[HRA | LoRA | GOR | PEFT, Field(discriminator="name")]

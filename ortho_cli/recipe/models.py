@@ -1,0 +1,93 @@
+"""The `model` section: an architecture with its sizes, and the weights it starts from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from ortho_cli.recipe.section import Count, Positive, Rejection, Section, Share, Text
+
+__all__ = ["MLP", "HFImage", "Model", "ResNet", "VitB16", "VitMini"]
+
+Base = Annotated[
+    Text | None,
+    Field(description="Weights to start from: a run, a file, a folder or a hub id; null: random ones."),
+]
+Patch = Annotated[Count, Field(description="Side of a patch in pixels.")]
+Depth = Annotated[Count, Field(description="Number of blocks.")]
+Heads = Annotated[Count, Field(description="Attention heads in a block.")]
+QKVBias = Annotated[bool, Field(description="Biases in the query, key and value projections.")]
+
+
+class ResNet(Section):
+    """The CIFAR ResNet of 6n + 2 layers, 16, 32 and 64 channels wide."""
+
+    name: Literal["resnet20", "resnet32", "resnet44", "resnet56", "resnet110"] = Field(description="Its depth.")
+    norm: Literal["batch", "group"] = Field(default="batch", description="The normalisation after each convolution.")
+    groups: Count = Field(default=32, description="Groups of a group norm, at most a quarter of the channels.")
+    shortcut: Literal["A", "B"] = Field(
+        default="A", description="Where the width changes: A pads with zeros, B is a 1x1 convolution with a norm."
+    )
+    compat: Literal["paper-head"] | None = Field(
+        default=None, description="paper-head: GOR's script has 1000 outputs whatever the number of classes."
+    )
+    base: Base = None
+
+
+class _Vit(Section):
+    """What both sizes of vision transformer have."""
+
+    name: str
+    patch: Patch
+    depth: Depth
+    heads: Heads
+    dim: Count = Field(default=768, description="Width of a token.")
+    mlp_ratio: Positive = Field(default=4.0, description="Width of a block's MLP over that of a token.")
+    qkv_bias: QKVBias
+    dropout: Share = Field(default=0.0, description="Share of activations dropped in the blocks.")
+    base: Base = None
+
+    def problems(self) -> Iterator[Rejection]:
+        """Heads share the width evenly."""
+        if self.dim % self.heads:
+            yield ("dim",), f"a width of {self.dim} cannot be shared by {self.heads} heads; take a multiple of heads"
+
+
+class VitMini(_Vit):
+    """The small vision transformer of OIALR's CIFAR-10 runs, 42.7 million parameters as it stands."""
+
+    name: Literal["vit-mini"] = Field(description="The architecture.")
+    patch: Patch = 8
+    depth: Depth = 6
+    heads: Heads = 6
+    qkv_bias: QKVBias = False
+
+
+class VitB16(_Vit):
+    """ViT-B/16, 86.6 million parameters as it stands."""
+
+    name: Literal["vit-b16"] = Field(description="The architecture.")
+    patch: Patch = 16
+    depth: Depth = 12
+    heads: Heads = 12
+    qkv_bias: QKVBias = True
+
+
+class MLP(Section):
+    """Fully connected layers with ReLU between them."""
+
+    name: Literal["mlp"] = Field(description="The architecture.")
+    hidden: tuple[Count, ...] = Field(default=(64, 64), description="Widths of the hidden layers.")
+    base: Base = None
+
+
+class HFImage(Section):
+    """Any image classifier of transformers (AutoModelForImageClassification)."""
+
+    name: Literal["hf-image"] = Field(description="The architecture is the base's.")
+    base: Text = Field(description="A transformers folder or hub id.")
+
+
+Model = Annotated[ResNet | VitMini | VitB16 | MLP | HFImage, Field(discriminator="name")]
