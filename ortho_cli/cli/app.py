@@ -5,7 +5,6 @@ Nothing heavy is imported here; a verb loads torch when it runs, not when its he
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 import traceback
@@ -47,7 +46,9 @@ class OrthoGroup(TyperGroup):
 def report_error(error: OrthoError, *, as_json: bool) -> None:
     """Print what went wrong: for people on stderr, for programs on stdout."""
     if as_json:
-        typer.echo(json.dumps({"schema": 1, "ok": False, "error": error.as_dict()}, indent=2))
+        from ortho_cli.cli.show import print_json
+
+        print_json({"error": error.as_dict()}, ok=False)
         return
     from ortho_cli.checkpoints.header import printable
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -39,13 +38,13 @@ def bench_surgery(
 
     Example: ortho bench surgery v1-5-pruned.safetensors
     """
-    from ortho_cli.cli.show import console_out, table
+    from ortho_cli.cli.show import console_out, print_json, table
     from ortho_cli.cli.stopwatch import measure_surgery
 
     results = measure_surgery(Path(checkpoint), rounds=rounds, targets=targets or [], folder=folder)
     if as_json:
         listed = [result.as_dict() for result in results]
-        typer.echo(json.dumps({"schema": 1, "ok": True, "command": "bench surgery", "details": listed}, indent=2))
+        print_json({"command": "bench surgery", "details": listed})
         return
     rows = [
         (
@@ -78,13 +77,13 @@ def bench_gor(
     Example: ortho bench gor
     """
     check_choice("--mode", mode, ("inter", "intra"))
-    from ortho_cli.cli.show import console_out, table
+    from ortho_cli.cli.show import console_out, print_json, table
     from ortho_cli.methods.gor_benchmark import measure_gor
 
     results = measure_gor(rounds=rounds, groups=groups, mode=mode, threads=threads, device=device)
     if as_json:
         listed = [result.as_dict() for result in results]
-        typer.echo(json.dumps({"schema": 1, "ok": True, "command": "bench gor", "details": listed}, indent=2))
+        print_json({"command": "bench gor", "details": listed})
         return
     rows = [
         (result.name, f"{result.median * 1e3:.2f}", f"{min(result.seconds) * 1e3:.2f}", f"{result.speedup:.2f}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from typing import Annotated
 
@@ -26,8 +25,10 @@ def doctor(
     checks = examine(reach_hub=not offline)
     broken = [check for check in checks if check.status == "broken"]
     if as_json:
+        from ortho_cli.cli.show import print_json
+
         listed = [asdict(check) for check in checks]
-        typer.echo(json.dumps({"schema": 1, "ok": not broken, "command": "doctor", "details": listed}, indent=2))
+        print_json({"command": "doctor", "details": listed}, ok=not broken)
     else:
         from ortho_cli.cli.show import console_out, table
 

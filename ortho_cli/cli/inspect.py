@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -42,6 +41,7 @@ def inspect(
 
     Example: ortho inspect v1-5-pruned.ckpt
     """
+    from ortho_cli.cli.show import print_json
     from ortho_cli.surgery.inspect import inspect as describe
     from ortho_cli.surgery.inspect import inspect_globals
 
@@ -54,7 +54,7 @@ def inspect(
         return
     report = inspect_globals(checkpoint) if list_globals else describe(checkpoint, base=base, layers=layers)
     if as_json:
-        typer.echo(json.dumps(report.as_dict(), indent=2, default=str))
+        print_json(report.as_dict())
     elif list_globals:
         for item in report.details:
             typer.echo(item["name"])
@@ -67,14 +67,14 @@ DIFFERENCES_SHOWN = 10  # without --verbose; the rest is counted below the table
 
 def _diff(checkpoint: str, other: str, fail_above: float | None, as_json: bool, verbose: bool) -> None:
     from ortho_cli.cli.progress import byte_bar
-    from ortho_cli.cli.show import console_out, table
+    from ortho_cli.cli.show import console_out, print_json, table
     from ortho_cli.surgery.diff import diff, judge
 
     with byte_bar("compare", hidden=as_json) as bar:
         report = diff(checkpoint, other, progress=bar)
     if as_json:
         judge(report, fail_above)  # a failure is the one JSON object, then
-        typer.echo(json.dumps(report.as_dict(), indent=2, default=str))
+        print_json(report.as_dict())
         return
     console = console_out()
     if report.details:

@@ -46,7 +46,9 @@ def list_recipes(as_json: Annotated[bool, typer.Option("--json", help="One JSON 
         for name, path in shipped().items()
     ]
     if as_json:
-        typer.echo(json.dumps({"schema": 1, "ok": True, "command": "recipe list", "recipes": rows}, indent=2))
+        from ortho_cli.cli.show import print_json
+
+        print_json({"command": "recipe list", "recipes": rows})
         return
     width = max((len(row["name"]) for row in rows), default=0)
     for row in rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
     from ortho_cli.surgery.plan import Report
 
-__all__ = ["human_bytes", "show_report", "table"]
+__all__ = ["console_out", "human_bytes", "print_json", "show_notes", "show_report", "table"]
 
 WIDE = 250
 LAYERS_SHOWN = 10  # in a table without --verbose
@@ -23,7 +24,7 @@ Rows = Sequence[Sequence[object]]
 def show_report(report: Report, *, as_json: bool, quiet: bool, verbose: bool) -> None:
     """Print what a writing verb did, or would do."""
     if as_json:
-        typer.echo(json.dumps(report.as_dict(), indent=2, default=str))
+        print_json(report.as_dict())
         return
     if quiet:
         return
@@ -42,6 +43,19 @@ def show_report(report: Report, *, as_json: bool, quiet: bool, verbose: bool) ->
         summary.append(("seconds", f"{report.seconds:.1f}"))
     table(console, None, summary)
     show_notes(console, report.notes)
+
+
+def print_json(content: Mapping[str, Any], *, ok: bool = True) -> None:
+    """Print the one JSON object of a command; numbers that JSON lacks (inf, nan) become null."""
+    typer.echo(json.dumps({"schema": 1, "ok": ok, **_strict(content)}, indent=2, default=str, allow_nan=False))
+
+
+def _strict(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _strict(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def show_notes(console: Console, notes: Iterable[str]) -> None:
