@@ -18,7 +18,9 @@ from .tensors import TensorInfo
 if TYPE_CHECKING:
     from ortho_cli.linalg.operator import Operator
 
-__all__ = ["Adapter", "AdapterLayer", "Addition", "base_bound", "read_adapter"]
+    from .checkpoint import Checkpoint
+
+__all__ = ["Adapter", "AdapterLayer", "Addition", "adapter_of", "base_bound", "read_adapter"]
 
 
 @dataclass(frozen=True)
@@ -140,15 +142,24 @@ def read_adapter(source: str | Path) -> Adapter:
 
     Cost: one read of each header.
     """
-    from .dialects import read
     from .store import open_checkpoint
 
-    checkpoint = open_checkpoint(source)
+    return adapter_of(open_checkpoint(source))
+
+
+def adapter_of(checkpoint: Checkpoint) -> Adapter:
+    """The adapter that an opened checkpoint is or holds, from the very files that were opened.
+
+    Raises:
+        CheckpointError: as `read_adapter`.
+    """
+    from .dialects import read
+
     dialect, contents, config, metadata = read(checkpoint)
     if contents.empty:
         raise CheckpointError("the adapter holds no tensors", where=str(checkpoint.root))
     return Adapter(
-        source=str(source),
+        source=checkpoint.source,
         path=checkpoint.root,
         dialect=dialect,
         kind="+".join(sorted({layer.kind for layer in contents.layers.values()})) or "full",

@@ -16,12 +16,14 @@ from typing import Any, NoReturn
 from ortho_cli.errors import CheckpointError
 
 from .strict_json import RepeatedKeyError, parse_strict
-from .tensors import DTYPE_BITS, TensorInfo
+from .tensors import DTYPE_BITS, Stamp, TensorInfo, stamp_of
 
 __all__ = ["MAX_HEADER_BYTES", "Header", "parse_header", "printable", "quoted", "read_header"]
 
 MAX_HEADER_BYTES = 100_000_000  # the format's own limit
 MAX_TENSORS = 400_000  # 300,000 take two seconds and 300 MB to parse; more is an attack, not a model
+KEYS_PER_TENSOR = 5  # its name and three fields; the rest is for metadata, one key and its value an entry
+ELEMENTS_PER_TENSOR = 12  # commas of a tensor with seven dimensions
 MAX_DIMS = 16
 MAX_INT = 2**63 - 1
 MAX_SHOWN = 200  # characters of a name or value that an error message repeats
@@ -51,7 +53,8 @@ def read_header(path: Path) -> Header:
     """
     try:
         with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
+            status = os.fstat(file.fileno())
+            size = status.st_size
             start = file.read(8)
             if len(start) < 8:
                 _fail(path, f"not a safetensors file: only {size} bytes")
@@ -63,15 +66,17 @@ def read_header(path: Path) -> Header:
             raw = file.read(length)
     except OSError as error:
         raise CheckpointError(f"cannot be read: {error.strerror or error}", where=str(path)) from error
-    return parse_header(raw, path, 8 + length, size)
+    return parse_header(raw, path, 8 + length, size, stamp_of(status))
 
 
-def parse_header(raw: bytes, path: Path, data_start: int, size: int) -> Header:
+def parse_header(raw: bytes, path: Path, data_start: int, size: int, stamp: Stamp | None = None) -> Header:
     """Check the JSON header `raw` of a file of `size` bytes whose data begins at `data_start`."""
     if not raw.lstrip(b" ").startswith(b"{"):
         _fail(path, "not a safetensors file: the header is not a JSON object")
-    if raw.count(b"{") + raw.count(b"[") > 3 * MAX_TENSORS:  # before they become objects and fill the memory
-        _fail(path, f"header of {len(raw):,} bytes holds more than the limit of {MAX_TENSORS:,} tensors")
+    # Before they become objects and fill the memory: containers, keys (of metadata, too) and elements.
+    for marks, most in ((b"{[", 3), (b":", KEYS_PER_TENSOR), (b",", ELEMENTS_PER_TENSOR)):
+        if sum(raw.count(mark) for mark in marks) > most * MAX_TENSORS:
+            _fail(path, f"header of {len(raw):,} bytes holds more than the limit of {MAX_TENSORS:,} tensors")
     try:
         fields = parse_strict(raw)
     except RepeatedKeyError as error:
@@ -90,7 +95,7 @@ def parse_header(raw: bytes, path: Path, data_start: int, size: int) -> Header:
             kind = "overlaps the tensor before it" if begin < position else "leaves a hole before it"
             _fail(path, f"tensor {quoted(name)} {kind}: it begins at byte {begin}, {position} was expected")
         position = end
-        tensors[name] = TensorInfo(name, dtype, shape, path, data_start + begin)
+        tensors[name] = TensorInfo(name, dtype, shape, path, data_start + begin, stamp=stamp)
     if data_start + position != size:
         kind = "truncated" if data_start + position > size else "has trailing bytes"
         _fail(path, f"{kind}: the header describes {data_start + position:,} bytes, the file has {size:,}")

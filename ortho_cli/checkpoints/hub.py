@@ -15,7 +15,7 @@ from ortho_cli.errors import CheckpointError
 
 from .header import printable
 
-__all__ = ["HubId", "choose_files", "fetch", "parse_hub_id"]
+__all__ = ["HubId", "choose_files", "fetch", "hub_failures", "parse_hub_id", "reason_of"]
 
 _HUB_ID = re.compile(r"(?P<repo>[\w][\w.-]*/[\w][\w.-]*)(?:@(?P<revision>[\w./-]+))?(?::(?P<file>[^:]+))?")
 _SMALL = (".json", ".txt", ".model", ".md", ".jinja")
@@ -54,11 +54,10 @@ def fetch(hub: HubId) -> Path:
         CheckpointError: unknown repository, revision or file, no network, or nothing in the cache while offline.
     """
     from huggingface_hub import constants, hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     # Whatever the hub client's network library is (requests, httpx), its errors are the bases of the client's own.
     network: tuple[type[Exception], ...] = HfHubHTTPError.__bases__
-    failures: tuple[type[Exception], ...] = (*network, HFValidationError, OSError, ValueError)
     try:
         if hub.file is not None:
             return Path(hf_hub_download(hub.repo, hub.file, revision=hub.revision))
@@ -68,10 +67,9 @@ def fetch(hub: HubId) -> Path:
             f"{hub} is not in the hub cache and the hub cannot be reached",
             hint="unset HF_HUB_OFFLINE, check the network with `ortho doctor`, or give a local path",
         ) from error
-    except failures as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except hub_failures() as error:
         raise CheckpointError(
-            f"{hub} cannot be fetched: {printable(reason[:200])}",
+            f"{hub} cannot be fetched: {reason_of(error)}",
             hint="check the name, the revision and your token (`ortho doctor`), or give a local path",
         ) from error
 
@@ -94,6 +92,18 @@ def _fetch_cached(hub: HubId) -> Path:
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(hub.repo, revision=hub.revision, local_files_only=True))
+
+
+def hub_failures() -> tuple[type[Exception], ...]:
+    """Everything by which the hub client says that it could not: refusals, bad names, and its HTTP library's errors."""
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    return (*HfHubHTTPError.__bases__, HFValidationError, OSError, ValueError)
+
+
+def reason_of(error: Exception) -> str:
+    """One printable line of an error that may be many, or none."""
+    return printable((str(error).strip() or type(error).__name__).splitlines()[0][:200])
 
 
 def choose_files(names: Collection[str]) -> list[str]:

@@ -6,6 +6,7 @@ is swept away by the next one.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import shutil
@@ -16,11 +17,11 @@ from pathlib import Path
 
 from ortho_cli.errors import OutputError
 
-from .store import WEIGHT_COMPONENTS, WEIGHT_SUFFIXES
+from .replaceable import check_replaceable
 
 __all__ = ["atomic", "check_output"]
 
-CHECKPOINT_FILES = ("adapter_config.json", "model_index.json", "model.safetensors.index.json")
+RENAME_NOREPLACE, RENAME_EXCHANGE = 1, 2  # flags of renameat2
 SPARE_BYTES = 16 * 2**20  # directory entries, indices and reports beside the tensors
 
 
@@ -45,9 +46,9 @@ def check_output(output: Path, inputs: Iterable[Path], needed: int, *, force: bo
                 where=str(output),
             )
         if exists and not force:
-            raise OutputError(f"output exists: {output}", hint="name another with -o, or overwrite it with --force")
+            raise _exists(output)
         if output.is_dir() and not output.is_symlink():
-            _check_replaceable(output)
+            check_replaceable(output)
         parent = existing_parent(output)
         with suppress(FileNotFoundError):
             os.lstat(_partial(output))  # fails where the name, which is longer than the output's, is too long
@@ -76,18 +77,6 @@ def _holds(output: Path, path: Path) -> bool:
     return output.is_dir() and any(place.is_relative_to(output.resolve()) for place in places)
 
 
-def _check_replaceable(folder: Path) -> None:
-    """Refuse to replace a folder that is somebody's home, work place or photo album: replacing is deleting."""
-    names = {path.name for path in folder.iterdir()}
-    for component in WEIGHT_COMPONENTS:
-        names |= {path.name for path in (folder / component).glob("*")}
-    is_checkpoint = any(name in CHECKPOINT_FILES or name.endswith(WEIGHT_SUFFIXES) for name in names)
-    if Path.cwd().is_relative_to(folder.resolve()) or (names and not is_checkpoint):
-        raise OutputError(
-            f"folder {folder} is no checkpoint, so --force does not replace it", hint="name another with -o"
-        )
-
-
 def existing_parent(path: Path) -> Path:
     """The nearest folder above `path` that exists.
 
@@ -105,14 +94,18 @@ def existing_parent(path: Path) -> Path:
 
 
 @contextmanager
-def atomic(output: Path) -> Iterator[Path]:
+def atomic(output: Path, *, force: bool = True) -> Iterator[Path]:
     """A partial path beside `output` (file or folder) that replaces it when the block ends well, and vanishes if not.
 
     Args:
         output: the final path; an existing one stays as it is until the last moment.
+        force: replace an existing output; without it, what another program puts there meanwhile stays.
 
     Yields:
         ``.<name>.partial-<pid>`` in the same folder; create a file or a folder there.
+
+    Raises:
+        OutputError: it cannot be written, or exists and `force` is not given.
     """
     output = output.absolute()
     partial = _partial(output)
@@ -121,9 +114,14 @@ def atomic(output: Path) -> Iterator[Path]:
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         _sweep(output)
+        if not force and os.path.lexists(output):
+            raise _exists(output)
         yield partial
         _sync(partial)
-        _put(partial, output)
+        if force:
+            _put(partial, output)
+        else:
+            _put_new(partial, output)
         _sync_entry(output.parent)
         done = True
     except OSError as error:
@@ -154,16 +152,47 @@ def _put(partial: Path, output: Path) -> None:
         _remove(old)
 
 
+def _put_new(partial: Path, output: Path) -> None:
+    """Give a finished partial the output's name, which nothing has yet; in one step where the system can."""
+    number = _rename(partial, output, RENAME_NOREPLACE)
+    if number in (errno.EEXIST, errno.ENOTEMPTY):
+        raise _exists(output)
+    if number == 0:
+        return
+    try:  # the call or the file system cannot: a hard link replaces nothing, either, and nor does a folder's rename
+        if partial.is_dir():
+            if os.path.lexists(output):  # an empty folder would be replaced
+                raise _exists(output)
+            os.rename(partial, output)
+        else:
+            os.link(partial, output)
+            os.unlink(partial)
+    except OSError as error:
+        if error.errno in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR) or os.path.lexists(output):
+            raise _exists(output) from error
+        os.rename(partial, output)  # a file system without links: a moment's gap is left
+
+
+def _exists(output: Path) -> OutputError:
+    return OutputError(f"output exists: {output}", hint="name another with -o, or overwrite it with --force")
+
+
 def _exchange(first: Path, second: Path) -> bool:
-    """Swap two paths atomically (Linux `renameat2` with RENAME_EXCHANGE); False where the system cannot."""
+    """Swap two paths atomically; False where the system cannot."""
+    return _rename(first, second, RENAME_EXCHANGE) == 0
+
+
+def _rename(first: Path, second: Path, flags: int) -> int:
+    """Linux's `renameat2`: 0, or the number of the error (ENOSYS where there is no such call)."""
     import ctypes
 
     try:
         renameat2 = ctypes.CDLL(None, use_errno=True).renameat2
     except (OSError, AttributeError):
-        return False
-    at_fdcwd, rename_exchange = -100, 2
-    return bool(renameat2(at_fdcwd, os.fsencode(first), at_fdcwd, os.fsencode(second), rename_exchange) == 0)
+        return errno.ENOSYS
+    at_fdcwd = -100
+    done = renameat2(at_fdcwd, os.fsencode(first), at_fdcwd, os.fsencode(second), flags)
+    return 0 if done == 0 else ctypes.get_errno()
 
 
 def _sweep(output: Path) -> None:

@@ -10,7 +10,7 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 from typing import IO
@@ -22,7 +22,7 @@ from ortho_cli.checkpoints.pickle_tensors import Storage, StorageId, locate_tens
 from ortho_cli.checkpoints.pickle_tree import Admit, Tree, read_tree
 from ortho_cli.checkpoints.pickle_weights import Weights, find_weights
 from ortho_cli.checkpoints.pickle_zip import Record, read_archive
-from ortho_cli.checkpoints.tensors import TensorInfo
+from ortho_cli.checkpoints.tensors import TensorInfo, stamp_of
 from ortho_cli.errors import CheckpointError
 
 __all__ = ["PickleContents", "read_pickle", "scan_globals"]
@@ -71,7 +71,11 @@ def read_pickle(path: str | Path) -> PickleContents:
     with _opened(path) as (file, size):
         tree, storage_of = _read(file, size, admit)
         weights = find_weights(tree.root)
-        tensors = {name: locate_tensor(name, value, path, storage_of) for name, value in weights.tensors.items()}
+        stamp = stamp_of(os.fstat(file.fileno()))
+        tensors = {
+            name: replace(locate_tensor(name, value, path, storage_of), stamp=stamp)
+            for name, value in weights.tensors.items()
+        }
         placeholders = tuple(name for name in tree.globals if not is_known(name))
         return PickleContents(tensors, tree.globals, placeholders, _notes(weights, placeholders))
 

@@ -14,16 +14,34 @@ from typing import TYPE_CHECKING
 
 from ortho_cli.errors import CheckpointError
 
-from .tensors import DTYPE_BITS, TORCH_DTYPES, TensorInfo
+from .tensors import DTYPE_BITS, TORCH_DTYPES, Stamp, TensorInfo, stamp_of
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["BLOCK_BYTES", "TensorReader", "row_blocks", "tensor_bytes"]
+__all__ = ["BLOCK_BYTES", "TensorReader", "open_input", "row_blocks", "tensor_bytes"]
 
 # Rows of a large weight are read in blocks of about this size: large enough that a disk streams, small enough that
 # a handful of them (block, upcast copy, product) stay far below the memory budget.
 BLOCK_BYTES = 4 * 2**20
+
+
+def open_input(info: TensorInfo) -> int:
+    """A descriptor of the tensor's file, which is still the one whose header was read.
+
+    Raises:
+        CheckpointError: the file is gone, cannot be read, or another one (or other content) has taken its place.
+    """
+    try:
+        descriptor = os.open(info.path, os.O_RDONLY)
+        if info.stamp is None or stamp_of(os.fstat(descriptor)) == info.stamp:
+            return descriptor
+        os.close(descriptor)
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror or error}", where=str(info.path)) from error
+    raise CheckpointError(
+        "changed while it was read", hint="run the command again when the file is complete", where=str(info.path)
+    )
 
 
 class TensorReader:
@@ -41,7 +59,7 @@ class TensorReader:
 
     def __init__(self) -> None:
         self._buffer = bytearray()
-        self._files: dict[Path, int] = {}
+        self._files: dict[tuple[Path, Stamp | None], int] = {}
 
     def __enter__(self) -> TensorReader:
         return self
@@ -94,16 +112,16 @@ class TensorReader:
         """`count` raw bytes at an absolute offset of the tensor's file, in the reused buffer.
 
         Raises:
-            CheckpointError: the file is gone, cannot be read, or has become shorter.
+            CheckpointError: the file is gone, cannot be read, has changed, or has become shorter.
         """
         if len(self._buffer) < count:
             self._buffer = bytearray(count)
         view = memoryview(self._buffer)[:count]
         filled = 0
         try:
-            descriptor = self._files.get(info.path)
+            descriptor = self._files.get((info.path, info.stamp))
             if descriptor is None:
-                descriptor = self._files[info.path] = os.open(info.path, os.O_RDONLY)
+                descriptor = self._files[info.path, info.stamp] = open_input(info)
             while filled < count:
                 got = os.preadv(descriptor, [view[filled:]], offset + filled)
                 if got == 0:

@@ -7,7 +7,6 @@ several components tensor names carry the component: `unet.conv_in.weight`.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from dataclasses import replace
@@ -19,10 +18,11 @@ from ortho_cli.errors import CheckpointError
 from .checkpoint import Checkpoint, WeightFile
 from .header import printable, quoted, read_header
 from .index import check_against_shards, index_names, read_index
+from .strict_json import RepeatedKeyError, parse_strict
 from .tensors import TensorInfo
 
 __all__ = [
-    "PICKLE_SUFFIXES", "WEIGHT_COMPONENTS", "WEIGHT_SUFFIXES", "Checkpoint", "WeightFile", "open_checkpoint",
+    "PICKLE_SUFFIXES", "STEMS", "WEIGHT_COMPONENTS", "WEIGHT_SUFFIXES", "Checkpoint", "WeightFile", "open_checkpoint",
     "read_json",
 ]  # fmt: skip
 
@@ -238,12 +238,18 @@ def _read_config(root: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A bounded JSON object from a file beside the weights."""
+    """A bounded JSON object from a file beside the weights.
+
+    Raises:
+        CheckpointError: too large, not readable, no JSON object, or one that says the same key twice.
+    """
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise CheckpointError(f"{path.name} is over {MAX_JSON_BYTES:,} bytes", where=str(path))
-        content = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        content = parse_strict(path.read_bytes(), any_number=True)
+    except RepeatedKeyError as error:
+        raise CheckpointError(f"key {quoted(error.key)} appears twice in {path.name}", where=str(path)) from error
+    except (OSError, ValueError) as error:
         raise CheckpointError(f"{path.name} cannot be read: {str(error)[:120]}", where=str(path)) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path.name} is not a JSON object", where=str(path))

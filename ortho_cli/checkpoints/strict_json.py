@@ -22,8 +22,12 @@ class RepeatedKeyError(ValueError):
         self.key = key
 
 
-def parse_strict(raw: bytes) -> Any:
+def parse_strict(raw: bytes, *, any_number: bool = False) -> Any:
     """Parse UTF-8 JSON, or say what is wrong with it.
+
+    Args:
+        raw: the text.
+        any_number: take `Infinity`, `NaN` and long numbers: libraries write them into their configurations.
 
     Raises:
         RepeatedKeyError: a key appears twice in one object.
@@ -36,9 +40,8 @@ def parse_strict(raw: bytes) -> Any:
     ortho_cli.checkpoints.strict_json.RepeatedKeyError: a
     """
     try:
-        value = json.loads(
-            raw.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=_whole
-        )
+        numbers: dict[str, Any] = {} if any_number else {"parse_constant": _no_constant, "parse_int": _whole}
+        value = json.loads(raw.decode("utf-8"), object_pairs_hook=_unique, **numbers)
         if b"\\u" in raw:  # only an escape can spell half a character (a lone surrogate)
             json.dumps(value, ensure_ascii=False).encode("utf-8")
     except RecursionError:

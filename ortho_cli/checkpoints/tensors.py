@@ -5,11 +5,12 @@ Surgery plans with these alone; no value is read before a plan runs, and unchang
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 
-__all__ = ["DTYPE_BITS", "FLOAT_DTYPES", "TORCH_DTYPES", "TensorInfo"]
+__all__ = ["DTYPE_BITS", "FLOAT_DTYPES", "TORCH_DTYPES", "Stamp", "TensorInfo", "stamp_of"]
 
 # Every dtype of the safetensors format (0.8) and its width in bits, in the format's own order.
 DTYPE_BITS = {
@@ -30,13 +31,21 @@ TORCH_DTYPES = {
 # Weights in these types can be adapted and merged; fp8 and packed integers need a scale we would have to guess.
 FLOAT_DTYPES = frozenset({"F16", "BF16", "F32", "F64"})
 
+Stamp = tuple[int, int, int, int]
+
+
+def stamp_of(status: os.stat_result) -> Stamp:
+    """By what an opened file is known again: its device, inode, size and time of change."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
     """One tensor of a checkpoint, as its header describes it.
 
     `offset` is the absolute byte position of the first element in `path`; `strides` (in elements) is None for
-    row-major data, which safetensors always is and pickled checkpoints nearly always are.
+    row-major data, which safetensors always is and pickled checkpoints nearly always are. `stamp` is that of the file
+    when its header was read: offsets mean nothing in another file that has taken its name since.
     """
 
     name: str
@@ -45,6 +54,7 @@ class TensorInfo:
     path: Path
     offset: int
     strides: tuple[int, ...] | None = None
+    stamp: Stamp | None = field(default=None, compare=False, repr=False)
 
     @property
     def numel(self) -> int:

@@ -19,7 +19,8 @@ from typing import Any
 from ortho_cli.errors import CheckpointError, OutputError
 
 from .header import MAX_HEADER_BYTES, printable, read_header
-from .tensors import DTYPE_BITS, TensorInfo
+from .reading import TensorReader, open_input, tensor_bytes
+from .tensors import DTYPE_BITS, Stamp, TensorInfo
 
 __all__ = ["Piece", "computed", "copied", "file_bytes", "write_file"]
 
@@ -64,8 +65,6 @@ def computed(name: str, dtype: str, shape: Sequence[int], produce: Callable[[], 
 
 def _row_major(info: TensorInfo) -> Buffers:
     """The bytes of a strided (pickled, transposed) tensor in row-major order."""
-    from .reading import TensorReader, tensor_bytes
-
     with TensorReader() as reader:
         yield tensor_bytes(reader.read(info))
 
@@ -127,8 +126,8 @@ def write_file(
         The size of the file, which is on the disk (fsync) and re-opened: header, names and shapes are as planned.
 
     Raises:
-        OutputError: the disk filled up, or the file cannot be written.
-        CheckpointError: names that no file can hold, or an input that vanished or shrank while it was copied.
+        OutputError: the disk filled up, the file cannot be written, or it does not hold what was planned.
+        CheckpointError: names that no file can hold, or an input that vanished or changed since its header was read.
     """
     head, placed = _layout(pieces, metadata)
     total = len(head) + sum(piece.nbytes for piece in pieces)
@@ -154,10 +153,18 @@ def write_file(
             os.close(descriptor)
     except OSError as error:
         raise OutputError(f"cannot be written: {error.strerror or error}", where=str(path)) from error
-    written = read_header(path).tensors
-    planned = {piece.name: (piece.dtype, piece.shape) for piece in pieces}
-    assert {name: (info.dtype, info.shape) for name, info in written.items()} == planned, path
+    _verify(path, pieces)
     return total
+
+
+def _verify(path: Path, pieces: Iterable[Piece]) -> None:
+    """Re-open what was written: it is whole, and its names, types and shapes are those planned."""
+    try:
+        written = {name: (info.dtype, info.shape) for name, info in read_header(path).tensors.items()}
+    except CheckpointError as error:
+        raise OutputError(f"was written but cannot be read back: {error.message}", where=str(path)) from error
+    if written != {piece.name: (piece.dtype, piece.shape) for piece in pieces}:
+        raise OutputError("was written but does not hold the tensors that were planned", where=str(path))
 
 
 def _write_buffers(descriptor: int, piece: Piece, offset: int, advance: Callable[[int], None]) -> None:
@@ -165,7 +172,9 @@ def _write_buffers(descriptor: int, piece: Piece, offset: int, advance: Callable
     position = offset
     for buffer in piece.produce():
         position = _write_all(descriptor, memoryview(buffer).cast("B"), position, advance)
-    assert position == offset + piece.nbytes, (piece.name, position - offset, piece.nbytes)
+    if position != offset + piece.nbytes:
+        found, planned = f"{position - offset:,} bytes", f"{piece.nbytes:,} were planned"
+        raise OutputError(f"tensor {printable(piece.name)!r} was computed as {found}, {planned}")
 
 
 def _write_all(descriptor: int, view: memoryview, position: int, advance: Callable[[int], None]) -> int:
@@ -179,7 +188,7 @@ def _write_all(descriptor: int, view: memoryview, position: int, advance: Callab
 
 @dataclass(slots=True)
 class _Range:
-    path: Path
+    info: TensorInfo  # of the first tensor, for its file
     source: int
     target: int
     count: int
@@ -195,41 +204,35 @@ def _merged(placed: Iterable[tuple[Piece, int]]) -> list[_Range]:
         last = ranges[-1] if ranges else None
         if (
             last is not None
-            and last.path == info.path
+            and (last.info.path, last.info.stamp) == (info.path, info.stamp)
             and last.source + last.count == info.offset
             and last.target + last.count == target
         ):
             last.count += piece.nbytes
         else:
-            ranges.append(_Range(info.path, info.offset, target, piece.nbytes))
+            ranges.append(_Range(info, info.offset, target, piece.nbytes))
     return ranges
 
 
 def _copy_ranges(ranges: Iterable[_Range], descriptor: int, advance: Callable[[int], None], stop: list[bool]) -> None:
-    sources: dict[Path, int] = {}
+    sources: dict[tuple[Path, Stamp | None], int] = {}
     try:
         for item in ranges:
-            if item.path not in sources:
-                sources[item.path] = _open_input(item.path)
-            source, done = sources[item.path], 0
+            file = (item.info.path, item.info.stamp)
+            if file not in sources:
+                sources[file] = open_input(item.info)
+            source, done = sources[file], 0
             while done < item.count and not stop:
                 count = _copy_some(
                     source, descriptor, item.source + done, item.target + done, min(item.count - done, COPY_BYTES)
                 )
                 if count == 0:
-                    raise CheckpointError("the file ended while it was copied", where=str(item.path))
+                    raise CheckpointError("the file ended while it was copied", where=str(item.info.path))
                 done += count
                 advance(count)
     finally:
         for source in sources.values():
             os.close(source)
-
-
-def _open_input(path: Path) -> int:
-    try:
-        return os.open(path, os.O_RDONLY)
-    except OSError as error:
-        raise CheckpointError(f"cannot be read: {error.strerror or error}", where=str(path)) from error
 
 
 def _copy_some(source: int, target: int, source_offset: int, target_offset: int, count: int) -> int:

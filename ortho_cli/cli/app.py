@@ -14,10 +14,14 @@ import typer
 from typer.core import TyperGroup
 
 from ortho_cli import __version__
-from ortho_cli.cli import add_hra, bench, convert, demo, doctor, inspect, merge, recipe
-from ortho_cli.errors import OrthoError
+from ortho_cli.cli import add_hra, bench, convert, demo, doctor, inspect, merge, recipe, train
+from ortho_cli.errors import OrthoError, UsageError
 
 __all__ = ["OrthoGroup", "app", "main"]
+
+
+# typer's own class for words it does not understand; it has no public name.
+TyperUsageError: Any = typer.BadParameter.__bases__[0]
 
 
 class OrthoGroup(TyperGroup):
@@ -41,6 +45,11 @@ class OrthoGroup(TyperGroup):
                 traceback.print_exc()
             report_error(error, as_json="--json" in words)
             raise typer.Exit(error.exit_code) from error
+        except TyperUsageError as error:
+            if "--json" not in words:
+                raise
+            report_error(UsageError(error.format_message()), as_json=True)
+            raise typer.Exit(UsageError.exit_code) from error
 
 
 def report_error(error: OrthoError, *, as_json: bool) -> None:
@@ -95,11 +104,12 @@ def _root(
     pass
 
 
-CHECKPOINTS, HELP = "Checkpoints", "Help"
+CHECKPOINTS, TRAINING, HELP = "Checkpoints", "Training", "Help"
 app.command("inspect", rich_help_panel=CHECKPOINTS)(inspect.inspect)
 app.command("add-hra", rich_help_panel=CHECKPOINTS)(add_hra.add_hra)
 app.command("merge", rich_help_panel=CHECKPOINTS)(merge.merge)
 app.command("convert", rich_help_panel=CHECKPOINTS)(convert.convert)
+app.command("train", rich_help_panel=TRAINING)(train.train)
 app.add_typer(recipe.app, name="recipe", cls=OrthoGroup, rich_help_panel=HELP)
 app.add_typer(bench.app, name="bench", cls=OrthoGroup, rich_help_panel=HELP)
 app.command("doctor", rich_help_panel=HELP)(doctor.doctor)

@@ -8,9 +8,12 @@ from typing import Any
 
 import typer
 
-from ortho_cli.errors import UsageError
+from ortho_cli.errors import OutputError, UsageError
 
-__all__ = ["gather", "required"]
+__all__ = ["gather", "required", "save_recipe"]
+
+NOTHING: tuple[object, ...] = (None, [], ())  # what typer gives for an option that was not typed
+SAVED = "ortho.recipe"  # where a command keeps its recipe until it has succeeded
 
 # Options that say how to run and report, not what to do: they are no part of a recipe.
 RUN_OPTIONS = {
@@ -28,6 +31,7 @@ def gather(ctx: typer.Context, verb: str, names: Mapping[str, str] | None = None
 
     Raises:
         RecipeError: the recipe does not fit its schema.
+        OutputError: the recipe to save exists.
     """
     renamed = dict(names or {})
     values = {name: value for name, value in ctx.params.items() if name not in RUN_OPTIONS}
@@ -42,16 +46,30 @@ def gather(ctx: typer.Context, verb: str, names: Mapping[str, str] | None = None
             if key in loaded:
                 values[name] = _from_recipe(key, loaded[key])
     if ctx.params.get("save_recipe"):
-        from ortho_cli.recipe.verbs import save_verb
-
+        _check_recipe_file(Path(ctx.params["save_recipe"]))
         defaults = {parameter.name: parameter.default for parameter in ctx.command.params}
-        given = {
+        ctx.meta[SAVED] = {
             renamed.get(name, name): _to_recipe(renamed.get(name, name), value)
             for name, value in values.items()
-            if value not in (None, []) and (name in typed or value != defaults.get(name))
+            if value not in NOTHING and (name in typed or value != defaults.get(name))
         }
-        save_verb(ctx.params["save_recipe"], verb, given, force=bool(ctx.params.get("force")))
     return values
+
+
+def save_recipe(ctx: typer.Context, verb: str) -> None:
+    """Write the recipe that `--save-recipe` asked for, once the command it repeats has succeeded."""
+    if SAVED in ctx.meta:
+        from ortho_cli.recipe.verbs import save_verb
+
+        save_verb(ctx.params["save_recipe"], verb, ctx.meta[SAVED])
+
+
+def _check_recipe_file(path: Path) -> None:
+    """Refuse, before any work, a recipe that would overwrite something; `--force` is about the output, not this."""
+    if path.suffix not in (".yaml", ".yml"):
+        raise UsageError(f"--save-recipe {path} is not named like a recipe", hint=f"use {path.with_suffix('.yaml')}")
+    if path.exists():
+        raise OutputError(f"recipe file exists: {path}", hint="name another with --save-recipe")
 
 
 def required(values: Mapping[str, Any], usage: str, *names: str) -> None:
@@ -60,7 +78,7 @@ def required(values: Mapping[str, Any], usage: str, *names: str) -> None:
     Raises:
         UsageError: with the usage line.
     """
-    missing = [name for name in names if values.get(name) in (None, [])]
+    missing = [name for name in names if values.get(name) in NOTHING]
     if missing:
         shown = ", ".join("-o/--output" if name == "output" else name.upper() for name in missing)
         raise UsageError(f"missing: {shown}", hint=f"usage: {usage}")

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
+from ortho_cli.cli.arguments import save_recipe
 from ortho_cli.cli.progress import byte_bar
 from ortho_cli.cli.publish import publish
 from ortho_cli.cli.show import show_report
+from ortho_cli.errors import UsageError
 from ortho_cli.surgery.plan import run
 
 if TYPE_CHECKING:
@@ -21,9 +23,15 @@ __all__ = ["carry"]
 def carry(ctx: typer.Context, make_plan: Callable[[], object]) -> None:
     """Make the plan, carry it out as the run options say, and print the report."""
     options = ctx.params
+    if options["private"] and not options["push_to_hub"]:
+        raise UsageError("--private is about --push-to-hub, which was not given")
+    if options["push_to_hub"] and options["dry_run"]:
+        raise UsageError("--dry-run writes nothing that --push-to-hub could upload", hint="leave one of them out")
     plan = cast("Plan", make_plan())
     with byte_bar(plan.command, hidden=options["quiet"] or options["as_json"]) as bar:
         report = run(plan, force=options["force"], dry_run=options["dry_run"], progress=bar)
-    show_report(report, as_json=options["as_json"], quiet=options["quiet"], verbose=options["verbose"])
-    if options["push_to_hub"] and not options["dry_run"]:
+    if not options["dry_run"]:
+        save_recipe(ctx, plan.command)
+    if options["push_to_hub"]:  # before the report: a failure is the one thing said, then
         publish(plan.output, options["push_to_hub"], private=options["private"], command=f"ortho {plan.command}")
+    show_report(report, as_json=options["as_json"], quiet=options["quiet"], verbose=options["verbose"])

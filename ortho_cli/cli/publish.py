@@ -18,7 +18,8 @@ def publish(output: Path, repo: str, *, private: bool, command: str) -> None:
         OutputError: no token, no network, or the hub refused; the local result stays where it is.
     """
     from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    from ortho_cli.checkpoints.hub import hub_failures, reason_of
 
     if constants.HF_HUB_OFFLINE:
         raise OutputError(
@@ -34,9 +35,9 @@ def publish(output: Path, repo: str, *, private: bool, command: str) -> None:
             link = api.upload_file(
                 repo_id=repo, path_or_fileobj=output, path_in_repo=output.name, commit_message=command
             )
-    except (HfHubHTTPError, HFValidationError, OSError, ValueError) as error:
+    except hub_failures() as error:
         raise OutputError(
-            f"{output} is written; the upload to {repo} failed: {str(error).strip().splitlines()[0][:200]}",
+            f"{output} is written; the upload to {repo} failed: {reason_of(error)}",
             hint="check your token with ortho doctor (log in with: hf auth login)",
         ) from error
     typer.echo(f"uploaded to {link}", err=True)

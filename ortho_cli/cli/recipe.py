@@ -5,7 +5,6 @@ stdout is data and nothing else. pydantic and yaml are imported by the functions
 
 from __future__ import annotations
 
-import importlib
 import json
 from pathlib import Path
 from typing import Annotated
@@ -79,34 +78,35 @@ def check(
     for file in files:
         try:
             recipe = load_any(file)
-            found = _describe_data(recipe) if data else ""
+            if data:
+                _check_data(recipe)
         except OrthoError as error:
             refused.append(error)
         else:
             typer.echo(f"ok: {file}")
-            if found:
-                typer.echo(found)
     if refused:
         hints = dict.fromkeys(error.hint for error in refused if error.hint)
         message = "\n".join(error.message for error in refused)
         raise type(refused[0])(message, hint="\n".join(hints) or None, where=refused[0].where)
 
 
-def _describe_data(recipe: object) -> str:
-    """What a training recipe's data is, as text; nothing for a recipe that trains nothing.
+def _check_data(recipe: object) -> None:
+    """Say what data a training recipe needs and how to get it, then look for it; other recipes need none.
 
     Raises:
-        OrthoError: the data is not there, or not as it should be; the hint says how to get it.
+        OrthoError: the data is missing, or not what the recipe says.
     """
     section = getattr(recipe, "data", None)
     if section is None:
-        return ""
-    from ortho_cli.recipe.write import plain_data, to_yaml
+        return
+    from ortho_cli.tasks.data_check import check_data, describe_data
 
-    # By name: help must not load what looks into data.
-    found = importlib.import_module("ortho_cli.tasks.data_check").describe_data(section)
-    text = found if isinstance(found, str) else to_yaml(dict(plain_data(found)))
-    return text.rstrip("\n")
+    typer.echo(describe_data(section))  # first: it helps most where the data is missing
+    found = check_data(section)
+    kept = "" if found["kept"] == found["classes"] else f", {found['kept']} of them kept"
+    typer.echo(
+        f"found: {found['train']} samples to train on, {found['eval']} to judge by; {found['classes']} classes{kept}"
+    )
 
 
 @app.command()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -66,12 +68,17 @@ def show_notes(console: Console, notes: Iterable[str]) -> None:
 
 def console_out() -> Console:
     """The console of stdout."""
-    import sys
-
     from rich.console import Console
 
+    class Piped(Console):
+        """`ortho inspect ... | head`: a reader that has seen enough is no error."""
+
+        def on_broken_pipe(self) -> None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(0)
+
     # A pipe or a file has no width; lines there must not be folded for a terminal that does not exist.
-    return Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else WIDE)
+    return Piped(highlight=False, markup=False, width=None if sys.stdout.isatty() else WIDE)
 
 
 def table(console: Console, headers: Sequence[str] | None, rows: Iterable[Sequence[object]]) -> None:

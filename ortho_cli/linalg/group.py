@@ -122,8 +122,8 @@ def bucket_penalty(
     expanded :math:`\|G\|^2 - 2 tr G + k` loses four digits near the optimum.
 
     With `normalize` each Gram is divided by its mean diagonal, :math:`\|k G / tr\,G - I\|_F^2`: the same zeros up to
-    the length of `T`, but blind to it, so that weight decay, a LoRA that starts near zero, and the width of the layer
-    have no say. Its gradient grows as `1 / |T|`; a group of zeros has value `k` and gradient 0, as without.
+    the length of `T`, but blind to it, so that it neither fights weight decay nor blows up a LoRA that starts near
+    zero. Its gradient grows as `1 / |T|`; a group of zeros has value `k` and gradient 0, as without.
 
     Args:
         rows: matrices `(c, d)` of one shape, type and device; half types are computed in float32.

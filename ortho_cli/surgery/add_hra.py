@@ -36,9 +36,9 @@ def add_hra(
     checkpoint: str | Path,
     output: str | Path,
     *,
-    rank: int | Sequence[int | str] = 8,
-    targets: Sequence[str] | None = None,
-    exclude: Sequence[str] = (),
+    rank: int | str | Sequence[int | str] = 8,
+    targets: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] = (),
     form: str | None = None,
     layout: str = "keep",
     gram_schmidt: bool = False,
@@ -55,7 +55,7 @@ def add_hra(
         checkpoint: any checkpoint argument (file, folder, hub id).
         output: ``X.safetensors`` or a folder.
         rank: reflections a layer, even; per layer as ``[8, "**.attn2.**=16"]``, the last match wins.
-        targets: glob patterns or a preset's name; by default the model family's preset.
+        targets: glob patterns or a preset's name, one or several; by default the model family's preset.
         exclude: patterns to leave out of ``targets``.
         form: ``adapter`` (a PEFT folder) or ``checkpoint``; by default by the output's suffix.
         layout: ``hra-repo`` writes what the HRA authors' strict loader wants (SD1.5 LDM files).
@@ -87,9 +87,9 @@ def plan_add_hra(
     checkpoint: Checkpoint,
     output: Path,
     *,
-    rank: int | Sequence[int | str] = 8,
-    targets: Sequence[str] | None = None,
-    exclude: Sequence[str] = (),
+    rank: int | str | Sequence[int | str] = 8,
+    targets: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] = (),
     form: str | None = None,
     layout: str = "keep",
     gram_schmidt: bool = False,
@@ -98,6 +98,9 @@ def plan_add_hra(
     max_shard_size: str | None = None,
 ) -> Plan:
     """Plan `add_hra` from headers alone; arguments as there."""
+    rank = [rank] if isinstance(rank, str) else rank
+    targets = [targets] if isinstance(targets, str) else targets
+    exclude = [exclude] if isinstance(exclude, str) else exclude
     check_output_name(output)
     check_choice("--as", form, ("adapter", "checkpoint"))
     check_choice("--layout", layout, ("keep", "hra-repo"))
@@ -108,6 +111,8 @@ def plan_add_hra(
     repo_form = layout == "hra-repo"
     if repo_form:
         _check_hra_repo(checkpoint, form, ema, output)
+    if form == "adapter":
+        _check_adapter_options(ema, max_shard_size)
     ema = ema or ("drop" if repo_form else "keep")
     if has_hra(checkpoint):
         raise TargetError(
@@ -125,6 +130,9 @@ def plan_add_hra(
         "name": "hra", "rank": _ranks(layers), "gram_schmidt": gram_schmidt, "apply_GS": gram_schmidt and repo_form,
         "seed": seed, "start": "reflection" if gram_schmidt and repo_form else "identity",
     }  # fmt: skip
+    extra = control_pieces(checkpoint, seed) if repo_form else []
+    if repo_form:
+        method["added"] = sorted(piece.name for piece in extra)  # what `convert --to base` takes out again
     options: dict[str, object] = {
         "rank": list(rank) if not isinstance(rank, int) else rank, "targets": list(targets or []),
         "exclude": list(exclude), "as": form, "layout": None if layout == "keep" else layout,
@@ -164,7 +172,6 @@ def plan_add_hra(
             return [copied(info, f"{layer.native}.fixed_linear.weight"), vectors.piece(f"{layer.native}.hra_u")]
         return [] if name in foreign else [copied(info, name)]
 
-    extra = control_pieces(checkpoint, seed) if repo_form else []
     limit = parse_size(max_shard_size) if max_shard_size else None
     written = mirror(checkpoint, output, transform, metadata, extra=extra, max_shard_bytes=limit)
     plan.files, plan.copies, plan.texts = written.files, written.copies, written.texts
@@ -181,6 +188,19 @@ def plan_add_hra(
                 "with --hra_apply_GS the authors' trainer reflects at step 0: it does not start at the identity"
             )
     return plan
+
+
+def _check_adapter_options(ema: str | None, max_shard_size: str | None) -> None:
+    """Refuse what only a written checkpoint has; `--ema use` stays: it decides the base's fingerprint."""
+    if max_shard_size is not None:
+        raise UsageError(
+            "--max-shard-size splits a checkpoint; an adapter is not split", hint="leave it out, or use --as checkpoint"
+        )
+    if ema in ("keep", "drop"):
+        raise UsageError(
+            f"--ema {ema} is about a written checkpoint; an adapter holds no EMA copy",
+            hint="leave it out, or use --as checkpoint",
+        )
 
 
 def _check_hra_repo(checkpoint: Checkpoint, form: str, ema: str | None, output: Path) -> None:

@@ -155,6 +155,7 @@ def named_layers(
 
 def _metadata(adapter: Adapter, to: str, base: Checkpoint | None, fingerprint: str | None) -> dict[str, str]:
     method: dict[str, object] = dict(adapter.method) or {"name": adapter.kind}
+    method.pop("added", None)  # said of the checkpoint the adapter was in
     recorded = adapter.metadata.get("ortho.base_fingerprint")
     if to != "peft-hra" and "hra" in adapter.kind:
         method |= {"name": "hra", "form": "lora", "base_bound": True}

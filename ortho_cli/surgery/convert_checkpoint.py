@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ortho_cli.checkpoints import layouts
+from ortho_cli.checkpoints.dialects.contents import ortho_method
 from ortho_cli.checkpoints.store import Checkpoint, open_checkpoint
 from ortho_cli.checkpoints.tensors import TensorInfo
 from ortho_cli.checkpoints.writer import Piece, copied
@@ -17,8 +18,8 @@ from ortho_cli.errors import CheckpointError, TargetError, UsageError
 
 from . import sd15_configs
 from .fit import input_files
-from .hra_repo import has_hra, hra_layers, is_sd15_ldm
-from .ldm_buffers import CONTROL_SHAPES, ldm_only_pieces
+from .hra_repo import has_hra, hra_layers, is_sd15_ldm, plain_names
+from .ldm_buffers import CONTROL_SHAPES, TIMESTEPS, ldm_only_pieces
 from .mirror import check_output_name, mirror
 from .plan import OutputFile, Plan, provenance
 
@@ -32,18 +33,18 @@ def plan_base(checkpoint: Checkpoint, output: Path) -> Plan:
     """Take a Householder adapter out: names restored, reflections dropped, every other byte as it was read.
 
     Raises:
-        CheckpointError: the checkpoint holds none.
+        CheckpointError: the checkpoint holds none, or reflections without their weight.
     """
     if not has_hra(checkpoint):
         raise CheckpointError(
             f"{checkpoint.root.name} holds no Householder adapter to take out", hint="ortho inspect shows what it holds"
         )
-    added = {*CONTROL_SHAPES, "logvar"} & set(checkpoint.tensors)
+    added, plain = _added(checkpoint), plain_names(checkpoint)
 
     def transform(name: str, info: TensorInfo) -> Sequence[Piece]:
         if name.endswith(".hra_u") or name in added:
             return []
-        return [copied(info, name.replace(".fixed_linear.", "."))]
+        return [copied(info, plain.get(name, name))]
 
     plan = _mirrored("base", checkpoint, output, transform)
     plan.layers = len(hra_layers(checkpoint))
@@ -53,6 +54,25 @@ def plan_base(checkpoint: Checkpoint, output: Path) -> Plan:
     return plan
 
 
+def _added(checkpoint: Checkpoint) -> set[str]:
+    """What `add-hra` put beside the reflections, as it wrote down; in the authors' own files what their trainer adds.
+
+    Raises:
+        CheckpointError: the list names anything that `add-hra` never adds.
+    """
+    method = ortho_method(checkpoint.metadata, str(checkpoint.root))
+    known = {**CONTROL_SHAPES, "logvar": (TIMESTEPS,)}
+    if not method:
+        tensors = checkpoint.tensors
+        theirs = all(name in tensors and tensors[name].shape == shape for name, shape in known.items())
+        return set(known) if theirs else set()
+    added = method.get("added", [])
+    possible = {*known, *layouts.LDM_ONLY}
+    if not isinstance(added, list) or not all(isinstance(name, str) and name in possible for name in added):
+        raise CheckpointError("ortho.method lists tensors that add-hra never adds", where=str(checkpoint.root))
+    return set(added) & set(checkpoint.tensors)
+
+
 def plan_safetensors(checkpoint: Checkpoint, output: Path) -> Plan:
     """The same tensors under the same names, as safetensors."""
     return _mirrored("safetensors", checkpoint, output, lambda name, info: [copied(info, name)])
@@ -60,7 +80,9 @@ def plan_safetensors(checkpoint: Checkpoint, output: Path) -> Plan:
 
 def _mirrored(form: str, checkpoint: Checkpoint, output: Path, transform: object) -> Plan:
     assert callable(transform)
-    metadata = provenance("convert", [checkpoint.source.rstrip("/")], {"to": form})
+    kept = () if form == "base" else ("ortho.method", "ortho.targets", "ortho.base_fingerprint")
+    own = {key: text for key, text in checkpoint.metadata.items() if key in kept}  # how its reflections act
+    metadata = {**own, **provenance("convert", [checkpoint.source.rstrip("/")], {"to": form})}
     written = mirror(checkpoint, output, transform, metadata)
     plan = Plan("convert", input_files(checkpoint), output, written.files, copies=written.copies, texts=written.texts)
     plan.notes = list(checkpoint.notes)

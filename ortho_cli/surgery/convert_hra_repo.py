@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -47,11 +48,12 @@ def plan_hra_repo(source: Path, output: Path, base: Checkpoint | None) -> Plan:
     strangers = given.keys() - {piece.name for file in plan.files for piece in file.pieces}
     if strangers:
         raise TargetError(f"the authors' loader has no place for an adapter on {sorted(strangers)[0]}")
+    added = json.loads(plan.files[0].metadata["ortho.method"])["added"]
     metadata = provenance(
         "convert",
         [adapter.source.rstrip("/")],
         {"to": "hra-repo", "base": Path(base.source.rstrip("/"))},
-        method={"name": "hra", **adapter.method, "rank": rank, "apply_GS": apply_gs},
+        method={"name": "hra", **adapter.method, "rank": rank, "apply_GS": apply_gs, "added": added},
     )
     plan.files = [
         OutputFile(

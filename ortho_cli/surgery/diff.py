@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from math import sqrt
+from math import isnan, sqrt
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from ortho_cli.checkpoints.layouts import canonical_shape, to_canonical
 from ortho_cli.checkpoints.reading import BLOCK_BYTES, TensorReader, row_blocks
 from ortho_cli.checkpoints.store import Checkpoint, open_checkpoint
 from ortho_cli.checkpoints.tensors import TensorInfo
-from ortho_cli.errors import NumericsError
+from ortho_cli.errors import NumericsError, UsageError
 
 from .plan import Progress, Report
 
@@ -47,11 +47,13 @@ def diff(
 
     Raises:
         NumericsError: a difference above ``fail_above``.
+        UsageError: ``fail_above`` is negative or NaN.
         CheckpointError: one of them cannot be read.
 
     Cost: one pass over both.
     """
     started = time.perf_counter()
+    _check_limit(fail_above)
     left, right = open_checkpoint(first), open_checkpoint(second)
     names, others = _by_canonical(left), _by_canonical(right)
     if progress is not None:
@@ -89,6 +91,7 @@ def diff(
 
 def judge(report: Report, fail_above: float | None) -> None:
     """Raise `NumericsError` where a `diff` report shows more than `fail_above`, or tensors on one side only."""
+    _check_limit(fail_above)
     if fail_above is None:
         return
     one_sided = [entry for entry in report.details if entry["status"] in ("only in first", "only in second", "shape")]
@@ -98,6 +101,13 @@ def judge(report: Report, fail_above: float | None) -> None:
         worst = max(report.details, key=lambda entry: float(entry.get("relative_difference", 0.0)))
         raise NumericsError(
             f"tensor {worst['name']} differs by {worst['relative_difference']:.3g}, above --fail-above {fail_above:g}"
+        )
+
+
+def _check_limit(fail_above: float | None) -> None:
+    if fail_above is not None and (isnan(fail_above) or fail_above < 0):
+        raise UsageError(
+            f"--fail-above {fail_above:g} is no limit", hint="0 fails on any difference, 1e-3 on one of 0.1 %"
         )
 
 

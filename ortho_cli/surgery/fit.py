@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from math import prod
 from pathlib import Path
 
 from ortho_cli.checkpoints.adapters import Adapter, base_bound
 from ortho_cli.checkpoints.fingerprint import base_fingerprint
 from ortho_cli.checkpoints.store import Checkpoint
-from ortho_cli.checkpoints.tensors import FLOAT_DTYPES
+from ortho_cli.checkpoints.tensors import FLOAT_DTYPES, TensorInfo
 from ortho_cli.errors import CheckpointError, TargetError
 
-__all__ = ["check_base", "check_tensors", "input_files"]
+__all__ = ["check_base", "check_floats", "check_tensors", "input_files"]
 
 
 def check_base(
@@ -21,6 +21,7 @@ def check_base(
     native: dict[str, str],
     force: bool,
     note: Callable[[str], None],
+    resized: Mapping[str, tuple[int, ...]] | None = None,
 ) -> None:
     """Refuse layers that do not fit, and a base-bound adapter on another base (`force` turns that into a note).
 
@@ -30,6 +31,7 @@ def check_base(
         native: the adapter's layers -> the base's.
         force: accept another base.
         note: receives what the report should say.
+        resized: tensors of the base that earlier adapters replaced -> their new shapes.
 
     Raises:
         CheckpointError: a shape does not fit, or the base's fingerprint is not the one the adapter was made for.
@@ -45,7 +47,7 @@ def check_base(
                 hint="use the base as it was before it was quantised",
                 where=str(weight.path),
             )
-        reason = layer.expects(brought.get(name, weight.shape))
+        reason = layer.expects(brought.get(name, (resized or {}).get(weight.name, weight.shape)))
         if reason is not None:
             raise CheckpointError(
                 f"layer {name} of the adapter does not fit {base.root.name}: {reason}",
@@ -73,13 +75,16 @@ def check_base(
     )
 
 
-def check_tensors(base: Checkpoint, adapter: Adapter, names: dict[str, str]) -> None:
+def check_tensors(
+    base: Checkpoint, adapter: Adapter, names: dict[str, str], resized: Mapping[str, tuple[int, ...]] | None = None
+) -> None:
     """Refuse trained rows and differences that do not fit the base's tensors.
 
     Args:
         base: the checkpoint to change.
         adapter: what will act on it.
         names: whole tensors of the adapter -> the base's.
+        resized: tensors of the base that earlier adapters replaced -> their new shapes.
 
     Raises:
         CheckpointError: a tensor is not in the base, or has another shape there.
@@ -88,7 +93,9 @@ def check_tensors(base: Checkpoint, adapter: Adapter, names: dict[str, str]) -> 
     for name in changed:
         if name not in names:
             raise CheckpointError(f"the adapter changes {name}, which is not in the base", where=str(adapter.path))
-        shape = adapter.replacements[name].shape if name in adapter.replacements else base.tensors[names[name]].shape
+        shape = (resized or {}).get(names[name], base.tensors[names[name]].shape)
+        if name in adapter.replacements:
+            shape = adapter.replacements[name].shape
         if name in adapter.row_replacements:
             rows, values = adapter.row_replacements[name]
             fits = max(rows, default=-1) < shape[0] and prod(values.shape[1:]) == prod(shape[1:])
@@ -99,6 +106,25 @@ def check_tensors(base: Checkpoint, adapter: Adapter, names: dict[str, str]) -> 
             raise CheckpointError(
                 f"tensor {values.name} of shape {values.shape} does not fit {name} of the base, which is {shape}",
                 where=str(adapter.path),
+            )
+
+
+def check_floats(info: TensorInfo, values: Iterable[TensorInfo]) -> None:
+    """Refuse to compute with anything but float types: packed or integer values would become other numbers.
+
+    Args:
+        info: the base's tensor.
+        values: the adapter's tensors that replace it, in part or whole, or are added to it.
+
+    Raises:
+        CheckpointError: one of them is no float.
+    """
+    for value in values:
+        if value.dtype not in FLOAT_DTYPES or info.dtype not in FLOAT_DTYPES:
+            raise CheckpointError(
+                f"tensor {value.name} of the adapter is {value.dtype}, {info.name} of the base is {info.dtype}: "
+                "only float types are converted into each other",
+                where=str(value.path),
             )
 
 

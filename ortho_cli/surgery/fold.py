@@ -105,7 +105,8 @@ class Fold:
         steps: in the order they act.
         dtype: safetensors dtype of the result.
         exact: compute in float64 instead of float32.
-        detail: completed while running: the relative change, and the largest rotation angle where there is one.
+        detail: completed while running: the relative change (None for a zero tensor that changed), and the largest
+            rotation angle where there is one.
     """
 
     info: TensorInfo
@@ -151,7 +152,7 @@ class Fold:
                         where=str(self.info.path),
                     )
                 yield tensor_bytes(result)
-        self.detail["relative_change"] = sqrt(changed / norm) if norm else 0.0
+        self.detail["relative_change"] = sqrt(changed / norm) if norm else (None if changed else 0.0)
         angles = [step.operator.angles() for step in acting if step.operator is not None]
         largest = [float(angle.max()) for angle in angles if angle is not None and len(angle)]
         if largest:

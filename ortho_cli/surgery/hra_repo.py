@@ -13,7 +13,7 @@ from ortho_cli.errors import CheckpointError
 
 from .ldm_buffers import CONTROL_SHAPES, control_tensors, ldm_only_pieces
 
-__all__ = ["control_pieces", "foreign_names", "has_hra", "hra_layers", "is_sd15_ldm"]
+__all__ = ["control_pieces", "foreign_names", "has_hra", "hra_layers", "is_sd15_ldm", "plain_names"]
 
 
 def hra_layers(checkpoint: Checkpoint) -> list[str]:
@@ -25,6 +25,21 @@ def has_hra(checkpoint: Checkpoint) -> bool:
     """Whether a checkpoint holds a Householder adapter inside, beside the weights it acts on."""
     names = checkpoint.tensors
     return any(f"{x}.fixed_linear.weight" in names or f"{x}.weight" in names for x in hra_layers(checkpoint))
+
+
+def plain_names(checkpoint: Checkpoint) -> dict[str, str]:
+    """`X.fixed_linear.weight` -> `X.weight` for the layers that hold reflections; the likes elsewhere are not ours.
+
+    Raises:
+        CheckpointError: reflections without a weight.
+    """
+    names, layers = checkpoint.tensors, hra_layers(checkpoint)
+    for layer in layers:
+        if f"{layer}.fixed_linear.weight" not in names and f"{layer}.weight" not in names:
+            raise CheckpointError(f"layer {layer!r} has vectors (hra_u) but no weight", where=str(checkpoint.root))
+    prefixes = {f"{layer}.fixed_linear": layer for layer in layers}
+    split = {name: name.rpartition(".") for name in names}
+    return {name: f"{prefixes[module]}.{kind}" for name, (module, _, kind) in split.items() if module in prefixes}
 
 
 def is_sd15_ldm(checkpoint: Checkpoint) -> bool:

@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ortho_cli.checkpoints.adapters import Adapter, base_bound, read_adapter
+from ortho_cli.checkpoints.adapters import Adapter, adapter_of, base_bound
 from ortho_cli.checkpoints.dialects import detect
 from ortho_cli.checkpoints.fingerprint import base_fingerprint
 from ortho_cli.checkpoints.layouts import LayerIndex, to_canonical
@@ -50,7 +50,7 @@ def inspect(source: str | Path, *, base: str | Path | None = None, layers: bool 
         "dtypes": _dtypes(checkpoint),
         "components": _components(checkpoint),
     }
-    adapter = read_adapter(source) if _is_adapter(checkpoint) else None
+    adapter = adapter_of(checkpoint) if _is_adapter(checkpoint) else None
     if adapter is not None:
         totals["adapter"] = _adapter(adapter)
     if base is not None:

@@ -14,16 +14,16 @@ from pathlib import Path
 from typing import Any
 
 from ortho_cli.checkpoints import layouts
-from ortho_cli.checkpoints.adapters import Adapter, read_adapter
+from ortho_cli.checkpoints.adapters import Adapter, adapter_of, read_adapter
 from ortho_cli.checkpoints.reading import BLOCK_BYTES
 from ortho_cli.checkpoints.store import Checkpoint, open_checkpoint, read_json
 from ortho_cli.checkpoints.tensors import FLOAT_DTYPES, TensorInfo
 from ortho_cli.checkpoints.writer import Piece, computed, copied
 from ortho_cli.errors import UsageError
 
-from .fit import check_base, check_tensors, input_files
+from .fit import check_base, check_floats, check_tensors, input_files
 from .fold import AddTo, Fold, Operate, Replace, ReplaceRows, Step, cast_blocks
-from .hra_repo import has_hra
+from .hra_repo import has_hra, plain_names
 from .mirror import mirror, parse_size
 from .plan import Plan, Progress, Report, provenance, run
 
@@ -36,8 +36,8 @@ DTYPES = {"keep": None, "fp16": "F16", "bf16": "BF16", "fp32": "F32"}
 
 def merge(
     base: str | Path,
-    adapters: Sequence[str | Path] = (),
-    output: str | Path = "",
+    adapters: str | Path | Sequence[str | Path],
+    output: str | Path,
     *,
     exact: bool = False,
     dtype: str = "keep",
@@ -50,7 +50,7 @@ def merge(
 
     Args:
         base: any checkpoint argument.
-        adapters: any readable adapters, applied in order; none to fold the Householder adapter ``base`` itself holds.
+        adapters: any readable adapters, applied in order; none (``[]``) to fold the one ``base`` itself holds.
         output: ``X.safetensors`` or a folder like the base's.
         exact: compute in float64.
         dtype: ``keep``, ``fp16``, ``bf16`` or ``fp32`` for every float tensor of the output.
@@ -70,7 +70,8 @@ def merge(
     Cost: the changed weights are read, multiplied (``4 out in r`` FLOPs a layer) and written; the rest is copied.
     """
     opened = open_checkpoint(base)
-    found = [read_adapter(adapter) for adapter in adapters]
+    sources = [adapters] if isinstance(adapters, (str, Path)) else adapters
+    found = [read_adapter(adapter) for adapter in sources]
     plan = plan_merge(
         opened, found, Path(output), exact=exact, dtype=dtype, max_shard_size=max_shard_size, force_base=force
     )
@@ -98,18 +99,23 @@ def plan_merge(
         )
     if not own and not adapters:
         raise UsageError(f"no adapter given, and {base.root.name} holds none", hint="ortho merge BASE ADAPTER -o OUT")
-    folded = [read_adapter(base.root)] if own else list(adapters)
+    folded = [adapter_of(base)] if own else list(adapters)
     changes = _changes(base, folded, force_base)
     cast = DTYPES[dtype]
     details: list[dict[str, Any]] = []
+    restored = plain_names(base) if own else {}
 
     def transform(name: str, info: TensorInfo) -> Sequence[Piece]:
         if own and name.endswith(".hra_u"):
             return []
-        plain = name.replace(".fixed_linear.", ".") if own else name
+        plain = restored.get(name, name)
         if name in changes.steps:
-            target = _target(info, cast)
-            fold = Fold(info, changes.steps[name], target, exact, _detail(plain, info, changes.steps[name]))
+            steps, target = changes.steps[name], _target(info, cast)
+            value = _taken_whole(info, steps)
+            if value is not None:
+                details.append(_detail(plain, info, steps))
+                return [_taken_over(value, plain, cast)]
+            fold = Fold(info, steps, target, exact, _detail(plain, info, steps))
             details.append(fold.detail)
             return [computed(plain, target, fold.shape, fold.produce)]
         return [_taken_over(info, plain, cast)]
@@ -128,7 +134,11 @@ def plan_merge(
     plan.details = [detail for detail in details if detail["kind"] != "replaced"]
     plan.layers = len(plan.details)
     plan.parameters = sum(detail["parameters"] for detail in plan.details)
-    plan.notes = [*base.notes, *changes.notes]
+    plan.notes = list(dict.fromkeys([*base.notes, *changes.notes]))
+    casts = _casts(base, changes) if cast is None else []
+    if casts:
+        kinds = ", ".join(dict.fromkeys(casts))
+        plan.notes.append(f"{len(casts)} tensors of the adapters were cast to the base's float type ({kinds})")
     plan.totals = {
         "adapters": [adapter.kind for adapter in folded],
         "arithmetic": "float64" if exact else "float32",
@@ -165,6 +175,11 @@ class _Changes:
     new: dict[str, TensorInfo] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
+    def resized(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the tensors that were replaced so far."""
+        replaced = {name: steps[0] for name, steps in self.steps.items()}  # a replacement is always the first step
+        return {name: step.value.shape for name, step in replaced.items() if isinstance(step, Replace)}
+
 
 def _changes(base: Checkpoint, adapters: Sequence[Adapter], force_base: bool) -> _Changes:
     """Resolve every adapter's names in the base, check shapes and fingerprints, and line the steps up."""
@@ -173,11 +188,14 @@ def _changes(base: Checkpoint, adapters: Sequence[Adapter], force_base: bool) ->
     for adapter in adapters:
         changes.notes += adapter.notes
         native = index.resolve_all(list(adapter.layers))
-        check_base(base, adapter, native, force_base, changes.notes.append)
+        resized = changes.resized()
+        check_base(base, adapter, native, force_base, changes.notes.append, resized)
         names = _tensor_names(base, adapter)
-        check_tensors(base, adapter, names)
+        check_tensors(base, adapter, names, resized)
         for name, info in adapter.replacements.items():
             if name in names:
+                if changes.steps.pop(names[name], None):  # nothing of them would be left
+                    changes.notes.append(f"{name}: a later adapter replaces what earlier ones made of it")
                 _push(changes, names[name], Replace(info))
             else:
                 changes.new[name] = info
@@ -188,7 +206,34 @@ def _changes(base: Checkpoint, adapters: Sequence[Adapter], force_base: bool) ->
             _push(changes, base.weight(native[layer]).name, Operate(adapter, layer))
         for name, addition in adapter.additions.items():
             _push(changes, names[name], AddTo(addition))
+    for name, steps in changes.steps.items():
+        if _taken_whole(base.tensors[name], steps) is None:
+            check_floats(base.tensors[name], [value for step in steps if (value := _value(step)) is not None])
     return changes
+
+
+def _taken_whole(info: TensorInfo, steps: Sequence[Step]) -> TensorInfo | None:
+    """The tensor that takes the base's place byte for byte; None where anything is to be computed."""
+    step = steps[0]
+    whole = len(steps) == 1 and isinstance(step, Replace) and step.value.dtype == info.dtype
+    return step.value if whole and isinstance(step, Replace) else None
+
+
+def _value(step: Step) -> TensorInfo | None:
+    """The tensor a step brings whole."""
+    if isinstance(step, AddTo):
+        return step.addition.tensor
+    return step.value if isinstance(step, (Replace, ReplaceRows)) else None
+
+
+def _casts(base: Checkpoint, changes: _Changes) -> list[str]:
+    """`F32 -> F16` for every tensor that takes the place of values of another float type."""
+    return [
+        f"{step.value.dtype} -> {base.tensors[name].dtype}"
+        for name, steps in changes.steps.items()
+        for step in steps
+        if isinstance(step, (Replace, ReplaceRows)) and step.value.dtype != base.tensors[name].dtype
+    ]
 
 
 def _push(changes: _Changes, name: str, step: Step) -> None:

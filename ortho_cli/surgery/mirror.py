@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from ortho_cli.checkpoints.header import printable
@@ -38,6 +38,7 @@ class Mirror:
     files: list[OutputFile]
     copies: list[tuple[Path, str]]
     texts: dict[str, str]
+    notes: list[str] = field(default_factory=list)  # what of the base is not in the output
 
 
 def check_output_name(output: Path) -> None:
@@ -118,7 +119,8 @@ def mirror(
     files: list[OutputFile] = []
     for group in _groups(produced):
         files += _component_files(group, metadata, max_shard_bytes, texts)
-    return Mirror(files, _small_files(base, output), texts)
+    copies, left = _small_files(base, output)
+    return Mirror(files, copies, texts, _left_behind(left))
 
 
 def _transformed(base: Checkpoint, file: WeightFile, transform: Transform) -> list[Piece]:
@@ -198,25 +200,42 @@ def _split(pieces: Sequence[Piece], limit: int) -> list[list[Piece]]:
     return shards
 
 
-def _small_files(base: Checkpoint, output: Path) -> list[tuple[Path, str]]:
-    """Configurations, tokenizers, cards: everything but weights, their indices, hidden files and the output itself."""
+def _small_files(base: Checkpoint, output: Path) -> tuple[list[tuple[Path, str]], list[str]]:
+    """Configurations, tokenizers, cards: everything but weights, their indices, hidden files and the output itself.
+
+    Returns:
+        The files to copy, and the weight files beside those that were opened: other variants and other formats.
+    """
     if base.kind == "file" or not base.root.is_dir():
-        return []
-    found, inside = [], output.resolve()
+        return [], []
+    found, left, inside = [], [], output.resolve()
+    opened = {file.path.resolve() for file in base.files}
     for path in sorted(base.root.rglob("*")):
         relative = path.relative_to(base.root)
         hidden = any(part.startswith(".") for part in relative.parts)
-        if hidden or not path.is_file() or path.suffix in (*WEIGHT_SUFFIXES, *FOREIGN_WEIGHTS):
+        if hidden or not path.is_file() or path.parent.resolve().is_relative_to(inside):
             continue
-        is_index = ".index." in path.name and path.suffix == ".json"
-        if is_index or path.parent.resolve().is_relative_to(inside):
+        if path.suffix in (*WEIGHT_SUFFIXES, *FOREIGN_WEIGHTS):
+            if path.resolve() not in opened:
+                left.append(relative.as_posix())
+            continue
+        if ".index." in path.name and path.suffix == ".json":
             continue
         if links_out(path, base.root):  # a stranger's folder must not lead a copy of our files into the output
             raise CheckpointError(
                 f"{printable(relative.as_posix())} is a link out of the folder", hint="put the file itself in its place"
             )
         found.append((path, relative.as_posix()))
-    return found
+    return found, left
+
+
+def _left_behind(names: list[str]) -> list[str]:
+    """One note on the weight files that the output lacks, or none."""
+    if not names:
+        return []
+    shown = ", ".join(printable(name) for name in names[:3]) + (", ..." if len(names) > 3 else "")
+    count = "1 other weight file" if len(names) == 1 else f"{len(names)} other weight files"
+    return [f"{count} of the base left behind: {shown}"]
 
 
 def _metadata(own: dict[str, str], ours: dict[str, str]) -> dict[str, str]:

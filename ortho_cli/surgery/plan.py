@@ -10,15 +10,18 @@ import json
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from ortho_cli import __version__
+from ortho_cli.checkpoints.header import printable
 from ortho_cli.checkpoints.output import atomic, check_output
 from ortho_cli.checkpoints.reading import BLOCK_BYTES
 from ortho_cli.checkpoints.writer import Piece, file_bytes, write_file
+from ortho_cli.errors import CheckpointError
 
 __all__ = ["OutputFile", "Plan", "Progress", "Report", "provenance", "run"]
 
@@ -127,9 +130,11 @@ def run(plan: Plan, *, force: bool = False, dry_run: bool = False, progress: Pro
 
     Raises:
         OutputError: the output exists, is an input, does not fit, or cannot be written; nothing was left behind.
+        CheckpointError: two files of the output have one name, or an input changed; nothing was left behind.
         NumericsError: a computed weight is not finite; nothing was left behind.
     """
     started = time.perf_counter()
+    _check_names(plan)
     inputs = [*plan.inputs, *(source for source, _ in plan.copies)]
     check_output(plan.output, inputs, plan.bytes_out, force=force)
     if dry_run:
@@ -137,7 +142,7 @@ def run(plan: Plan, *, force: bool = False, dry_run: bool = False, progress: Pro
     if progress is not None:
         progress.start(plan.bytes_out)
     advance = progress.advance if progress is not None else lambda count: None
-    with atomic(plan.output) as partial:
+    with atomic(plan.output, force=force) as partial:
         single = len(plan.files) == 1 and not plan.files[0].relative and not plan.copies and not plan.texts
         if not single:
             partial.mkdir()
@@ -149,14 +154,28 @@ def run(plan: Plan, *, force: bool = False, dry_run: bool = False, progress: Pro
             _copy(source, partial / relative)
             advance(source.stat().st_size)
         plan.finish(plan)
+        _check_names(plan)  # the last texts may be known only now
         for relative, text in plan.texts.items():
             _write_text(partial / relative, text)
     return plan.report(_outputs(plan), time.perf_counter() - started)
 
 
+def _names(plan: Plan) -> list[str]:
+    return [*(file.relative for file in plan.files), *(name for _, name in plan.copies), *plan.texts]
+
+
+def _check_names(plan: Plan) -> None:
+    """Refuse a plan in which one file of the output would overwrite another."""
+    for name, count in Counter(map(os.path.normpath, _names(plan))).items():
+        if count > 1:
+            raise CheckpointError(
+                f"{count} files of the output would have the name {printable(name)!r}",
+                hint="rename the weight files (and their index), or give one of them alone",
+            )
+
+
 def _outputs(plan: Plan) -> list[dict[str, Any]]:
-    names = [*(file.relative for file in plan.files), *(name for _, name in plan.copies), *plan.texts]
-    paths = [plan.output / name if name else plan.output for name in names]
+    paths = [plan.output / name if name else plan.output for name in _names(plan)]
     return [{"path": str(path), "bytes": path.stat().st_size} for path in paths]
 
 

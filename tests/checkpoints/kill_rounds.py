@@ -37,7 +37,7 @@ def plan(base: Path, output: Path, folder: bool, size: int) -> Plan:
     if not folder:
         return Plan("test", [base], output, [OutputFile("", [*taken, made], {})])
     files = [OutputFile("model.safetensors", taken, {}), OutputFile("unet/model.safetensors", [made], {})]
-    return Plan("test", [base], output, files, copies=[(base, "more/small.bin")], texts={"config.json": base.stem})
+    return Plan("test", [base], output, files, copies=[(base, "vae/vocab.json")], texts={"config.json": base.stem})
 
 
 def digest(output: Path) -> str:

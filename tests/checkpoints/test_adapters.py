@@ -13,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ortho_cli.checkpoints.adapters import Adapter, AdapterLayer, base_bound, read_adapter
+from ortho_cli.checkpoints.adapters import Adapter, AdapterLayer, adapter_of, base_bound, read_adapter
 from ortho_cli.checkpoints.dialects import detect
+from ortho_cli.checkpoints.store import open_checkpoint
 from ortho_cli.checkpoints.tensors import TensorInfo
 from ortho_cli.errors import CheckpointError, NumericsError
 
@@ -229,3 +230,17 @@ def test_reading_imports_no_torch(tmp_path: Path) -> None:
 
 def test_an_adapter_without_metadata_has_no_method() -> None:
     assert Adapter("x", Path("x"), "peft", "lora", {}).method == {}
+
+
+def test_components_are_read_from_the_files_that_were_opened(tmp_path: Path) -> None:
+    """A variant that was asked for: opened again, the component's folder would give its plain weights."""
+    for variant, rank in (("", 2), (".fp16", 4)):
+        folder = tmp_path / "both" / "unet"
+        folder.mkdir(parents=True, exist_ok=True)
+        name = "base_model.model.mid_block.attentions.0.proj_in.hra_u"
+        save_file({name: torch.ones(8, rank)}, folder / f"adapter_model{variant}.safetensors")
+    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "HRA", "r": 4}))
+    adapter = adapter_of(open_checkpoint(tmp_path / "both", variant="fp16"))
+    (layer,) = adapter.layers.values()
+    assert (list(adapter.layers), layer.rank) == (["unet.mid_block.attentions.0.proj_in"], 4)
+    assert adapter.config["unet"]["r"] == 4

@@ -155,7 +155,7 @@ def test_what_has_no_fingerprint(tmp_path: Path, save: Save) -> None:
     path = save(tmp_path / "y.safetensors", {"y.weight": torch.ones(2, 2)})
     opened = open_checkpoint(path)
     path.write_bytes(path.read_bytes()[:-2])
-    with pytest.raises(CheckpointError, match="file ended inside tensor"):
+    with pytest.raises(CheckpointError, match="changed while it was read"):
         fingerprint(opened)
     empty = open_checkpoint(save(tmp_path / "z.safetensors", {"z.weight": torch.ones(0, 2)}))
     assert fingerprint(empty) == hashlib.sha256(b"z:0x2\n").hexdigest()

@@ -144,6 +144,22 @@ def test_large_headers_are_read_and_larger_ones_refused(monkeypatch: pytest.Monk
         read(data)
 
 
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b'{"__metadata__":{' + b'"k" :"",' * 100_001 + b'"l":""}}',
+        b'{"a":{"dtype":"U8","shape":[' + b"1," * 240_001 + b'1],"data_offsets":[0,1]}}',
+        b"{" + b'"k":0,' * 100_001 + b'"l":0}',
+    ],
+    ids=["metadata", "sizes", "keys"],
+)
+def test_headers_that_would_fill_the_memory_are_not_parsed(raw: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(header, "MAX_TENSORS", 20_000)
+    monkeypatch.setattr(header, "parse_strict", None)
+    with pytest.raises(CheckpointError, match="more than the limit of 20,000 tensors"):
+        parse_header(raw, Path("x"), 8 + len(raw), 9 + len(raw))
+
+
 def test_printable_hides_what_paints() -> None:
     assert printable("a\x1b[31m\u202eb\n") == "a\\u001b[31m\\u202eb\\u000a"
     assert printable("权重 é 😀") == "权重 é 😀"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import subprocess
@@ -82,25 +83,6 @@ def test_a_folder_whose_links_lead_to_the_inputs_is_an_input(tmp_path: Path, sou
     (snapshot / "model.safetensors").symlink_to(source)
     assert "is an input" in refused(snapshot, snapshot / "model.safetensors").message
     check_output(snapshot, [source], 0, force=True)  # the link alone would go, not the file
-
-
-@pytest.mark.parametrize("content", [{"holiday.jpg"}, {"config.json", "main.py"}, {"unet"}])
-def test_force_replaces_checkpoints_only(content: set[str], tmp_path: Path) -> None:
-    album = tmp_path / "album"
-    album.mkdir()
-    check_output(album, [], 0, force=True)  # empty: nothing to lose
-    for name in content:
-        (album / name).touch()
-    assert "is no checkpoint" in refused(album).message
-
-
-@pytest.mark.parametrize(
-    "name", ["x.safetensors", "pytorch_model.bin", "model_index.json", "adapter_config.json", "unet/x.safetensors"]
-)
-def test_what_force_takes_for_a_checkpoint(name: str, tmp_path: Path) -> None:
-    (tmp_path / "out" / name).parent.mkdir(parents=True)
-    (tmp_path / "out" / name).touch()
-    check_output(tmp_path / "out", [], 0, force=True)
 
 
 def test_force_does_not_saw_off_the_branch_it_sits_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -187,6 +169,56 @@ def test_the_output_replaces_whatever_was_there(
     if other.exists():
         assert content(other) == "old"  # a link is replaced, never what it leads to
     assert {path.name for path in tmp_path.iterdir()} <= {"out", "other"}
+
+
+@pytest.mark.parametrize("how", ["in one step", "without the call", "without links"])
+@pytest.mark.parametrize("kind", ["file", "folder"])
+@pytest.mark.parametrize("other", ["nothing", "file", "folder", "empty folder", "dangling"])
+def test_what_came_meanwhile_stays_without_force(
+    other: str, kind: str, how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_links(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    if how != "in one step":
+        monkeypatch.setattr(module, "_rename", lambda first, second, flags: errno.ENOSYS)
+    if how == "without links":
+        monkeypatch.setattr(os, "link", no_links)
+    output = tmp_path / "out"
+
+    def make() -> None:
+        with atomic(output, force=False) as partial:
+            checkpoint(partial, "new") if kind == "folder" else partial.write_text("new")
+            if other == "file":
+                output.write_text("theirs")
+            elif other == "folder":
+                checkpoint(output, "theirs")
+            elif other == "empty folder":
+                output.mkdir()
+            elif other == "dangling":
+                output.symlink_to("nowhere")
+
+    if other == "nothing":
+        make()
+        assert content(output) == "new"
+    else:
+        with pytest.raises(OutputError, match="output exists") as caught:
+            make()
+        assert "--force" in str(caught.value.hint)
+        if other in ("file", "folder"):
+            assert content(output) == "theirs"
+        elif other == "empty folder":
+            assert list(output.iterdir()) == []
+        else:
+            assert os.readlink(output) == "nowhere"
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_exists_is_refused_before_the_work_without_force(tmp_path: Path) -> None:
+    checkpoint(tmp_path / f".out.old-{DEAD}", "older")  # put back by the sweep
+    with pytest.raises(OutputError, match="output exists"), atomic(tmp_path / "out", force=False):
+        raise AssertionError("nothing may be computed")
+    assert content(tmp_path / "out") == "older"
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("bug"), OSError(28, "No space left on device")])

@@ -155,13 +155,35 @@ def test_files_are_opened_once_and_closed(tmp_path: Path, save: Save) -> None:
 def test_a_file_that_changes_under_us_is_an_error(tmp_path: Path, save: Save) -> None:
     path = save(tmp_path / "x.safetensors", {"x": torch.ones(64)})
     info = open_checkpoint(path).tensors["x"]
-    os.truncate(path, path.stat().st_size - 4)
-    with TensorReader() as reader, pytest.raises(CheckpointError, match="file ended inside tensor 'x'"):
+    with TensorReader() as reader:
         reader.read(info)
+        os.truncate(path, path.stat().st_size - 4)
+        with pytest.raises(CheckpointError, match="file ended inside tensor 'x'"):
+            reader.read(info)
     path.unlink()
     with TensorReader() as reader, pytest.raises(CheckpointError, match="cannot be read: No such file") as caught:
         reader.read(info)
     assert caught.value.where == str(path)
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "ckpt"])
+def test_another_file_under_the_name_is_an_error(kind: str, tmp_path: Path) -> None:
+    path, before = tmp_path / f"x.{kind}", open_files()
+
+    def write(value: float) -> None:
+        tensors = {"x": torch.full((64,), value)}
+        torch.save(tensors, tmp_path / "new") if kind == "ckpt" else (tmp_path / "new").write_bytes(save(tensors))
+        os.replace(tmp_path / "new", path)
+
+    write(1.0)
+    info = open_checkpoint(path).tensors["x"]
+    write(2.0)  # as long, at the same offset
+    with TensorReader() as reader:
+        with pytest.raises(CheckpointError, match="changed while it was read") as caught:
+            reader.read(info)
+        assert caught.value.where == str(path)
+        assert reader.read(open_checkpoint(path).tensors["x"])[0] == 2
+    assert open_files() == before
 
 
 def test_what_torch_cannot_hold_is_an_error(tmp_path: Path) -> None:

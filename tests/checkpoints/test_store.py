@@ -207,6 +207,10 @@ def test_what_is_no_checkpoint(tmp_path: Path, save: Save) -> None:
     refused(tmp_path, "config.json is not a JSON object")
     (tmp_path / "config.json").write_text('{"x": ')
     refused(tmp_path, "config.json cannot be read")
+    (tmp_path / "config.json").write_text('{"x": 1, "y": {"rank": 1, "rank": 2}}')
+    refused(tmp_path, "^key 'rank' appears twice in config.json$")
+    (tmp_path / "config.json").write_text('{"time_step_limit": [0.0, Infinity], "x": 1000000000000000019884624838656}')
+    assert open_checkpoint(tmp_path).config["time_step_limit"][1] == float("inf")  # so libraries write it
     (tmp_path / "config.json").write_text(" " * 10_000_001)
     refused(tmp_path, "config.json is over 10,000,000 bytes")
     (tmp_path / "config.json").unlink()

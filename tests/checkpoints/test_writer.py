@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -253,7 +254,8 @@ def test_a_system_that_limits_files(tmp_path: Path) -> None:
 
 def test_inputs_that_shrink_or_vanish_are_input_errors(source: tuple[Path, Tensors], tmp_path: Path) -> None:
     path, _ = source
-    pieces = [copied(info) for info in open_checkpoint(path).tensors.values()]
+    # Without their stamp, as if the file had shrunk only after it was opened.
+    pieces = [copied(replace(info, stamp=None)) for info in open_checkpoint(path).tensors.values()]
     os.truncate(path, path.stat().st_size - 1)
     with pytest.raises(CheckpointError, match="ended while it was copied") as caught:
         attempt(tmp_path / "out", pieces)
@@ -262,6 +264,53 @@ def test_inputs_that_shrink_or_vanish_are_input_errors(source: tuple[Path, Tenso
     with pytest.raises(CheckpointError, match="cannot be read: No such file"):
         attempt(tmp_path / "out", pieces)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("how", ["another file", "other content", "computed from another"])
+def test_inputs_replaced_since_they_were_planned(how: str, source: tuple[Path, Tensors], tmp_path: Path) -> None:
+    path, tensors = source
+    infos = open_checkpoint(path).tensors
+    pieces = [copied(info) for info in infos.values()]
+    other = bytes(reversed(path.read_bytes()))  # as long
+    if how == "other content":
+        path.write_bytes(other)
+        os.utime(path, ns=(0, 0))
+    else:
+        status = path.stat()
+        (tmp_path / "new").write_bytes(other)
+        os.replace(tmp_path / "new", path)
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    if how == "computed from another":
+        piece = replace(infos["t.F32"], strides=(1, tensors["t.F32"].shape[0]))
+        pieces = [copied(piece)]
+    with pytest.raises(CheckpointError, match="changed while it was read") as caught:
+        attempt(tmp_path / "out", pieces)
+    assert caught.value.where == str(path)
+    assert [item.name for item in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("count", [0, 7, 9])
+def test_computed_bytes_that_are_not_those_planned(count: int, tmp_path: Path) -> None:
+    piece = computed("x", "F32", (2,), lambda: iter([bytes(count)]))
+    with pytest.raises(OutputError, match=f"tensor 'x' was computed as {count} bytes, 8 were planned"):
+        attempt(tmp_path / "out", [piece])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_written_is_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = save({"y": torch.ones(2)})
+
+    def damage(content: bytes) -> Callable[[int], None]:
+        def fsync(descriptor: int) -> None:
+            os.pwrite(descriptor, content, 0)
+
+        return fsync
+
+    for content, pattern in ((other, "does not hold the tensors"), (b"\xff" * 8, "cannot be read back: not a safe")):
+        monkeypatch.setattr(os, "fsync", damage(content))
+        with pytest.raises(OutputError, match=pattern) as caught:
+            write_file(tmp_path / "out", [of("x", torch.ones(2))], {})
+        assert caught.value.where == str(tmp_path / "out")
 
 
 @pytest.mark.parametrize(

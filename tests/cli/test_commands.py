@@ -177,3 +177,49 @@ def test_push_to_hub_offline_keeps_the_result_and_says_what_to_type(base: Path, 
 def test_module_entry_point() -> None:
     done = subprocess.run([sys.executable, "-m", "ortho_cli", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("ortho 0.")
+
+
+def test_a_recipe_is_saved_after_the_work_and_overwrites_nothing(base: Path, tmp_path: Path) -> None:
+    recipe = tmp_path / "r.yaml"
+    assert ortho("add-hra", base, "-o", tmp_path / "n", "--dry-run", "-q", "--save-recipe", recipe)[0] == 0
+    assert not recipe.exists()
+    assert ortho("add-hra", base, "-o", tmp_path / "a", "-q", "--save-recipe", recipe)[0] == 0, "defaults alone"
+    code, _, err = ortho("add-hra", base, "-o", tmp_path / "b", "-q", "--force", "--save-recipe", recipe)
+    assert code == 6 and "recipe file exists" in err and not (tmp_path / "b").exists()
+    before = base.read_bytes()
+    code, _, _ = ortho("add-hra", base, "-o", tmp_path / "b", "--force", "--save-recipe", base)
+    assert code == 2 and base.read_bytes() == before
+
+
+def test_usage_errors_are_json_too(base: Path) -> None:
+    code, out, err = ortho("merge", base, "--json", "--bogus")
+    failure = json.loads(out)
+    assert (
+        code == 2
+        and err == ""
+        and failure["error"]["type"] == "UsageError"
+        and "--bogus" in failure["error"]["message"]
+    )
+
+
+def test_options_that_would_do_nothing_are_refused(base: Path, tmp_path: Path) -> None:
+    assert ortho("add-hra", base, "-o", tmp_path / "a", "--private")[0] == 2
+    assert ortho("add-hra", base, "-o", tmp_path / "a", "--dry-run", "--push-to-hub", "a/b")[0] == 2
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError("")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", refuse)
+    code, _, err = ortho("add-hra", base, "-o", tmp_path / "a", "-q", "--push-to-hub", "me/adapter")
+    assert code == 6 and "is written; the upload to me/adapter failed: OSError" in err
+
+
+def test_a_closed_pipe_is_no_error(base: Path) -> None:
+    line = f"{sys.executable} -m ortho_cli inspect {base} --layers | head -1; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
+    assert done.returncode == 0 and done.stderr == ""

@@ -204,3 +204,16 @@ def test_true_scale_tables_are_whole() -> None:
     assert len(TARGETS) == 144
     assert sum(width * rank for (width, rank), _ in TARGETS.values()) == 895_488
     assert sum(bias for _, bias in TARGETS.values()) == 48
+
+
+@pytest.mark.parametrize("options", [{"max_shard_size": "5GB"}, {"ema": "drop"}, {"ema": "keep"}])
+def test_options_without_effect_on_an_adapter(model: Path, tmp_path: Path, options: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=f"--{next(iter(options)).replace('_', '-')}") as caught:
+        add_hra(model, tmp_path / "out", targets=["*.proj"], **options)
+    assert "--as checkpoint" in (caught.value.hint or "")
+    assert add_hra(model, tmp_path / "out", targets=["*.proj"], form="checkpoint", **options).layers == 1
+
+
+def test_one_text_is_one_pattern(model: Path, tmp_path: Path) -> None:
+    report = add_hra(model, tmp_path / "out", targets="encoder.{proj,narrow}", exclude="*.narrow", rank="12")
+    assert [(detail["name"], detail["rank"]) for detail in report.details] == [("encoder.proj", 12)]

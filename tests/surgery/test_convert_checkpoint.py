@@ -49,27 +49,6 @@ def equal(found: Tensors, wanted: Tensors) -> None:
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
 
 
-class TestTakingOut:
-    @pytest.mark.parametrize("options", [{}, {"gram_schmidt": True, "rank": 4}, {"targets": ["sd15-attention"]}])
-    def test_gives_back_what_add_hra_read(self, base: Path, tmp_path: Path, options: dict[str, Any]) -> None:
-        layers = add_hra(base, tmp_path / "hra.safetensors", **options).layers
-        report = convert(tmp_path / "hra.safetensors", tmp_path / "out.safetensors", "base")
-        equal(read(tmp_path / "out.safetensors"), miniature())
-        assert report.layers == layers
-
-    def test_from_the_authors_form_too(self, base: Path, tmp_path: Path) -> None:
-        add_hra(base, tmp_path / "hra.safetensors", layout="hra-repo")
-        assert len(read(tmp_path / "hra.safetensors")) == 1308
-        report = convert(tmp_path / "hra.safetensors", tmp_path / "out.safetensors", "base")
-        wanted = {name: tensor for name, tensor in miniature().items() if name not in COUNTERS}
-        equal(read(tmp_path / "out.safetensors"), wanted)
-        assert any("21 tensors of the authors' trainer" in note for note in report.notes)
-
-    def test_of_nothing_is_refused(self, base: Path, tmp_path: Path) -> None:
-        with pytest.raises(CheckpointError, match="holds no Householder adapter to take out"):
-            convert(base, tmp_path / "out.safetensors", "base")
-
-
 class TestHraRepo:
     """An adapter and its base as one file for the authors' strict loader."""
 
@@ -87,9 +66,12 @@ class TestHraRepo:
         convert(tmp_path / "repo.safetensors", tmp_path / "base.safetensors", "base")
         wanted = {name: tensor for name, tensor in miniature().items() if name not in COUNTERS}
         equal(read(tmp_path / "base.safetensors"), wanted)
+        added = json.loads(metadata(tmp_path / "repo.safetensors")["ortho.method"])["added"]
+        assert len(added) == 21 and "logvar" in added
         for folder, options in (("again", {"base": str(base)}), ("without-a-base", {})):
             convert(tmp_path / "repo.safetensors", tmp_path / folder, "peft-hra", **options)
             equal(read(tmp_path / folder), read(adapter))
+            assert "added" not in metadata(tmp_path / folder / "adapter_model.safetensors")["ortho.method"]
 
     def test_folds_to_the_same_weights(self, base: Path, adapter: Path, tmp_path: Path) -> None:
         convert(adapter, tmp_path / "repo.safetensors", "hra-repo", base=str(base))

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from ortho_cli.checkpoints.layouts import canonical_shape, to_canonical
 from ortho_cli.checkpoints.reading import BLOCK_BYTES
-from ortho_cli.errors import CheckpointError, NumericsError
+from ortho_cli.errors import CheckpointError, NumericsError, UsageError
 from ortho_cli.surgery.diff import diff, judge
 from ortho_cli.surgery.small_sd15 import small_sd15
 
@@ -181,3 +181,11 @@ def test_reports(first: Path, tmp_path: Path) -> None:
     assert (report["inputs"], report["layers"]) == (["first.safetensors", "second.safetensors"], 1)
     with pytest.raises(CheckpointError, match="no such file"):
         diff(first, tmp_path / "missing.safetensors")
+
+
+@pytest.mark.parametrize("limit", [float("nan"), -1e-9, float("-inf")])
+def test_no_limit_is_refused(first: Path, limit: float) -> None:
+    with pytest.raises(UsageError, match="is no limit"):
+        diff(first, first, fail_above=limit)
+    with pytest.raises(UsageError, match="is no limit"):
+        judge(diff(first, first), limit)

@@ -194,3 +194,23 @@ def test_two_components_are_told_apart(small: Path, tmp_path: Path) -> None:
     assert found["adapter"]["layers"] == 130
     assert found["adapter"]["fits_base"]["fingerprint"] is True
     assert found["components"].keys() == {"unet", "text_encoder"}
+
+
+def test_the_adapter_is_that_of_the_file_that_was_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opened once: a second look at the source could find another file."""
+    from ortho_cli.checkpoints import store
+    from ortho_cli.surgery import inspect as module
+
+    tensors = {"x.weight": torch.ones(4, 4), "x.hra_u": torch.ones(4, 2)}
+    save_file(tensors, tmp_path / "hra.safetensors")
+    opened: list[object] = []
+    original = store.open_checkpoint
+
+    def counting(source: str | Path, **options: str | None) -> store.Checkpoint:
+        opened.append(source)
+        return original(source, **options)
+
+    monkeypatch.setattr(store, "open_checkpoint", counting)
+    monkeypatch.setattr(module, "open_checkpoint", counting)
+    assert inspect(tmp_path / "hra.safetensors").totals["adapter"]["layers"] == 1
+    assert len(opened) == 1

@@ -193,3 +193,87 @@ def test_a_single_number_may_be_replaced(tmp_path: Path) -> None:
     path = adapter(tmp_path / "a", {"head.scale": torch.tensor(5.0)}, modules_to_save=["head"])
     merge(tmp_path / "base", [path], tmp_path / "out")
     assert read(tmp_path / "out")["head.scale"].item() == 5.0
+
+
+class TestTypes:
+    """A tensor of the adapter's type is taken as it is; others are cast where that is a rounding, else refused."""
+
+    @staticmethod
+    def base(folder: Path, scale: torch.Tensor) -> Path:
+        return write_sharded(folder, {**weights(), "head.scale": scale}, 1)
+
+    @pytest.mark.parametrize("value", [2**53 + 1, -(2**62) - 1])
+    def test_integers_are_taken_bit_for_bit(self, tmp_path: Path, value: int) -> None:
+        base = self.base(tmp_path / "base", torch.tensor([1, 2]))
+        wanted = torch.tensor([value, 3])
+        merge(base, adapter(tmp_path / "a", {"head.scale": wanted}, modules_to_save=["head"]), tmp_path / "out")
+        assert torch.equal(read(tmp_path / "out")["head.scale"], wanted)
+
+    @pytest.mark.parametrize(
+        ("theirs", "ours"),
+        [(torch.int64, torch.float32), (torch.uint8, torch.float16), (torch.float32, torch.int64)],
+    )
+    def test_others_are_refused_by_name(self, tmp_path: Path, theirs: torch.dtype, ours: torch.dtype) -> None:
+        base = self.base(tmp_path / "base", torch.ones(2, dtype=ours))
+        path = adapter(tmp_path / "a", {"head.scale": torch.ones(2, dtype=theirs)}, modules_to_save=["head"])
+        with pytest.raises(CheckpointError, match=r"head\.scale of the adapter is .*only float types") as caught:
+            merge(base, [path], tmp_path / "out")
+        assert caught.value.exit_code == 4 and not (tmp_path / "out").exists()
+
+    def test_rows_and_differences_too(self, base: Path, tmp_path: Path) -> None:
+        rows = {"embed_tokens.token_adapter.trainable_tokens_delta": torch.ones(1, WIDTH, dtype=torch.int32)}
+        path = adapter(tmp_path / "rows", rows, trainable_token_indices={"embed_tokens": [1]})
+        with pytest.raises(CheckpointError, match="delta of the adapter is I32"):
+            merge(base, [path], tmp_path / "out")
+        path = adapter(tmp_path / "bias", {"layers.0.q.lora_B.bias": torch.ones(WIDTH, dtype=torch.int8)})
+        with pytest.raises(CheckpointError, match=r"lora_B\.bias of the adapter is I8"):
+            merge(base, [path], tmp_path / "out")
+
+    def test_a_float_cast_is_said_once(self, tmp_path: Path) -> None:
+        halves = {name: tensor.half() for name, tensor in weights().items()}
+        base = write_sharded(tmp_path / "base", halves, 1)
+        head = {"classifier.weight": torch.randn(3, WIDTH), "classifier.bias": torch.randn(3)}
+        path = adapter(tmp_path / "a", head, modules_to_save=["classifier"])
+        report = merge(base, [path], tmp_path / "out")
+        (note,) = [note for note in report.notes if "cast" in note]
+        assert note == "2 tensors of the adapters were cast to the base's float type (F32 -> F16)"
+        assert torch.equal(read(tmp_path / "out")["classifier.weight"], head["classifier.weight"].half())
+        assert not any("cast" in note for note in merge(base, [path], tmp_path / "wide", dtype="fp32").notes)
+        assert torch.equal(read(tmp_path / "wide")["classifier.weight"], head["classifier.weight"])
+
+
+class TestTwoThatResize:
+    """The later adapter's tensor stands; what acts after it must fit its shape, not the base's."""
+
+    def test_the_last_one_stands(self, base: Path, tmp_path: Path) -> None:
+        one = adapter(tmp_path / "one", {"embed_tokens.weight": torch.randn(WORDS + 2, WIDTH)})
+        last = torch.randn(WORDS + 5, WIDTH)
+        report = merge(base, [one, adapter(tmp_path / "two", {"embed_tokens.weight": last})], tmp_path / "out")
+        assert torch.equal(read(tmp_path / "out")["embed_tokens.weight"], last)
+        assert json.loads((tmp_path / "out" / "config.json").read_text())["vocab_size"] == WORDS + 5
+        assert any("embed_tokens.weight: a later adapter replaces" in note for note in report.notes)
+
+    def test_later_rows_and_layers_see_the_new_shape(self, base: Path, tmp_path: Path) -> None:
+        grown = torch.randn(WORDS + 2, WIDTH)
+        one = adapter(tmp_path / "one", {"embed_tokens.weight": grown})
+        down, up, row = torch.randn(2, WORDS + 2), torch.randn(WIDTH, 2), torch.randn(1, WIDTH)
+        factors = {"embed_tokens.lora_embedding_A": down, "embed_tokens.lora_embedding_B": up}
+        two = adapter(tmp_path / "two", factors)
+        rows = {"embed_tokens.token_adapter.trainable_tokens_delta": row}
+        three = adapter(tmp_path / "three", rows, trainable_token_indices={"embed_tokens": [WORDS + 1]})
+        merge(base, [one, two, three], tmp_path / "out")
+        wanted = grown.double() + (up.double() @ down.double()).T
+        wanted[WORDS + 1] = row.double()
+        assert relative_error(read(tmp_path / "out")["embed_tokens.weight"], wanted) < 1e-6
+        small = {"embed_tokens.lora_embedding_A": torch.randn(2, WORDS), "embed_tokens.lora_embedding_B": up}
+        with pytest.raises(CheckpointError, match="embed_tokens of the adapter does not fit"):
+            merge(base, [one, adapter(tmp_path / "small", small)], tmp_path / "refused")
+
+
+def test_the_change_of_a_zero_tensor_has_no_relative_size(tmp_path: Path) -> None:
+    base = write_sharded(tmp_path / "base", {**weights(), "layers.0.q.weight": torch.zeros(WIDTH, WIDTH)}, 1)
+    (detail,) = merge(base, [adapter(tmp_path / "a", {})], tmp_path / "out").details
+    assert detail["relative_change"] is None
+    still = {"layers.0.q.lora_A.weight": torch.zeros(2, WIDTH), "layers.0.q.lora_B.weight": torch.zeros(WIDTH, 2)}
+    (detail,) = merge(base, [adapter(tmp_path / "still", still)], tmp_path / "same").details
+    assert detail["relative_change"] == 0.0

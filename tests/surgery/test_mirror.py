@@ -214,6 +214,36 @@ def test_small_files_travel_and_weights_of_others_stay(weights: Tensors, tmp_pat
     assert all((tmp_path / "out" / name).read_bytes() == (base / name).read_bytes() for name in kept)
 
 
+def test_weights_left_behind_are_named(weights: Tensors, tmp_path: Path, save: Save) -> None:
+    base = save(tmp_path / "base" / "model.safetensors", weights).parent
+    assert mirror(open_checkpoint(base), tmp_path / "out", same, {}).notes == []
+    (base / "flax_model.msgpack").touch()
+    made = mirror(open_checkpoint(base), tmp_path / "out", same, {})
+    assert made.notes == ["1 other weight file of the base left behind: flax_model.msgpack"]
+    for name in ("model.fp16.safetensors", "onnx/model.onnx", "pytorch_model.bin", "pytorch_model.bin.index.json"):
+        (base / name).parent.mkdir(exist_ok=True)
+        (base / name).touch()
+    made = mirror(open_checkpoint(base), tmp_path / "out", same, {})
+    assert made.notes == [
+        "4 other weight files of the base left behind: flax_model.msgpack, model.fp16.safetensors, onnx/model.onnx, ..."
+    ]
+
+
+def test_two_shards_of_one_name_are_refused(weights: Tensors, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    base.mkdir()
+    parts = {"pytorch_model.bin": "layer.0.weight", "model.bin": "layer.1.weight"}
+    for name, tensor in parts.items():
+        torch.save({tensor: weights[tensor]}, base / name)
+    index = {"weight_map": {tensor: name for name, tensor in parts.items()}}
+    (base / "weights.bin.index.json").write_text(json.dumps(index))
+    opened = open_checkpoint(base / "weights.bin.index.json")
+    made = mirror(opened, tmp_path / "out", same, {})
+    with pytest.raises(CheckpointError, match=r"2 files of the output would have the name 'model\.safetensors'"):
+        run(Plan("test", [file.path for file in opened.files], tmp_path / "out", made.files, texts=made.texts))
+    assert not (tmp_path / "out").exists()
+
+
 def test_links_in_the_base(weights: Tensors, tmp_path: Path, save: Save) -> None:
     base = save(tmp_path / "base" / "model.safetensors", weights).parent
     (base / "config.json").write_text("{}")

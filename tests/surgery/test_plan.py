@@ -218,6 +218,52 @@ def test_names_are_refused_before_any_work(tmp_path: Path, save: Save, monkeypat
         run(small(tmp_path, save, files=[OutputFile("", pieces, {})], copies=[], texts={}))
 
 
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"texts": {"copy.bin": ""}},
+        {"texts": {"./a/../copy.bin": ""}},
+        {"texts": {"a/x.safetensors": ""}},
+        {"copies": "a/x.safetensors"},
+        {"files": 2},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_files_of_one_name_are_refused_before_any_work(
+    fields: dict[str, Any], dry_run: bool, tmp_path: Path, save: Save, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = small(tmp_path, save, **{key: value for key, value in fields.items() if key == "texts"})
+    if "copies" in fields:
+        plan.copies[0] = (plan.copies[0][0], fields["copies"])
+    plan.files *= fields.get("files", 1)
+    monkeypatch.setattr(module, "write_file", None)
+    with pytest.raises(CheckpointError, match="2 files of the output would have the name"):
+        run(plan, dry_run=dry_run)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.safetensors"]
+
+
+def test_a_text_that_comes_last_overwrites_nothing(tmp_path: Path, save: Save) -> None:
+    plan = small(tmp_path, save, finish=lambda plan: plan.texts.update({"copy.bin": ""}))
+    with pytest.raises(CheckpointError, match=r"would have the name 'copy\.bin'"):
+        run(plan)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("force", [True, False])
+def test_an_output_made_meanwhile_stays_without_force(force: bool, tmp_path: Path, save: Save) -> None:
+    output = tmp_path / "out"
+    plan = small(tmp_path, save, finish=lambda plan: output.write_text("theirs") and None)
+    if force:
+        run(plan, force=True)
+        assert (output / "copy.bin").exists()
+    else:
+        with pytest.raises(OutputError, match="output exists"):
+            run(plan)
+        assert output.read_text() == "theirs"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.safetensors", "out"]
+
+
 def test_provenance_holds_names_and_no_folders() -> None:
     options = {
         "rank": 8,

@@ -11,6 +11,7 @@ hra-repo    X.hra_u in a checkpoint, or .processor.to_q_hra.hra_u              h
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +64,7 @@ def read(checkpoint: Checkpoint) -> tuple[str, Contents, dict[str, Any], dict[st
     if checkpoint.kind == "adapter" and components != [""]:
         contents, configs, dialects = Contents(), dict[str, Any](), set[str]()
         for component in components:
-            part = open_checkpoint(checkpoint.root / component)
-            dialect, found, configs[component], _ = read(part)
+            dialect, found, configs[component], _ = read(_component(checkpoint, component))
             contents.take(found, component)
             dialects.add(dialect)
         contents.rename(lambda name: to_canonical(name, "sd15-diffusers"))  # `text_model.`, which CLIP has lost
@@ -79,6 +79,23 @@ def read(checkpoint: Checkpoint) -> tuple[str, Contents, dict[str, Any], dict[st
     if name == "peft" and raw.is_file():
         return "ortho", _with_vectors(contents, raw), config, {**metadata, **open_checkpoint(raw).metadata}
     return dialect, contents, config, metadata
+
+
+def _component(checkpoint: Checkpoint, component: str) -> Checkpoint:
+    """One component of an opened adapter as a checkpoint of its own, under its own names."""
+    prefix, root = f"{component}.", checkpoint.root / component
+    files = tuple(
+        replace(
+            file,
+            relative=file.relative.removeprefix(f"{component}/"),
+            component="",
+            tensors=tuple(name.removeprefix(prefix) for name in file.tensors),
+        )
+        for file in checkpoint.files
+        if file.component == component
+    )
+    tensors = {name: replace(checkpoint.tensors[prefix + name], name=name) for file in files for name in file.tensors}
+    return Checkpoint(checkpoint.source, root, "adapter", files, tensors, read_json(root / "adapter_config.json"))
 
 
 def _dialect(name: str) -> Dialect:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from ortho_cli.checkpoints.header import printable
 from ortho_cli.errors import CheckpointError
 
+from .layer_patterns import compiled, is_plain, names_end
+
 __all__ = ["layer_value", "number", "refuse_unsupported"]
 
 LIMIT = 1e18  # no rank, alpha or eps is near it; a longer integer does not even become a float
+MAX_EXPRESSIONS = 64  # each is tried on each layer
 # LoRA options under which B A is not what is added to the weight; value: why such an adapter cannot be merged.
 UNSUPPORTED = {
     "alora_invocation_tokens": "aLoRA acts on some tokens only",
@@ -52,7 +54,7 @@ def layer_value(config: Mapping[str, Any], key: str, layer: str, default: float,
     The first key of the pattern that, as a regular expression, matches the layer's name or its end after a dot.
 
     Raises:
-        CheckpointError: no number, or a key that is no regular expression.
+        CheckpointError: no number, or a key that is no regular expression, or one that could take for ever.
 
     >>> layer_value({"rank_pattern": {"attn.*to_q": 16}}, "rank_pattern", "blocks.0.attn1.to_q", 8, "")
     16
@@ -60,13 +62,15 @@ def layer_value(config: Mapping[str, Any], key: str, layer: str, default: float,
     patterns = config.get(key) or {}
     if not isinstance(patterns, Mapping):
         raise CheckpointError(f"{key} is not a map from layers to numbers", where=where)
+    expressions = 0
     for pattern, value in patterns.items():
-        try:
-            matched = re.match(rf"(.*\.)?({pattern})$", layer)
-        except re.error as error:
-            raise CheckpointError(
-                f"{key}: {printable(str(pattern))!r} is no regular expression", where=where
-            ) from error
+        if is_plain(pattern):
+            matched = names_end(layer, pattern)
+        else:
+            expressions += 1
+            if expressions > MAX_EXPRESSIONS:
+                raise CheckpointError(f"{key} holds over {MAX_EXPRESSIONS} regular expressions", where=where)
+            matched = compiled(pattern, key, layer, where).match(layer) is not None
         if matched:
             return _as_number(value, key, where)
     return default
