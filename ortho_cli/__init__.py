@@ -27,21 +27,27 @@ _API = {
     "Checkpoint": "checkpoints.store",
     "Report": "surgery.plan",
     "TensorReader": "checkpoints.reading",
+    "add_adapter": "methods.add",
     "add_hra": "surgery.add_hra",
     "convert": "surgery.convert",
     "diff": "surgery.diff",
+    "disable_adapter": "methods.adapter_layer",
     "gor_penalty": "methods.gor",
     "inspect": "surgery.inspect",
+    "load_adapter": "methods.load",
     "merge": "surgery.merge",
     "open_checkpoint": "checkpoints.store",
+    "orthogonality_penalty": "methods.orthogonality",
     "parse_hub_id": "checkpoints.hub",
     "read_adapter": "checkpoints.adapters",
+    "save_adapter": "methods.adapter_folder",
 }
 
 __all__ = [
     "Adapter", "Checkpoint", "CheckpointError", "NumericsError", "OrthoError", "OutputError", "RecipeError", "Report",
-    "TargetError", "TensorReader", "UsageError", "add_hra", "convert", "diff", "gor_penalty", "inspect", "merge",
-    "open_checkpoint", "parse_hub_id", "read_adapter",
+    "TargetError", "TensorReader", "UsageError", "add_adapter", "add_hra", "convert", "diff", "disable_adapter",
+    "gor_penalty", "inspect", "load_adapter", "merge", "open_checkpoint", "orthogonality_penalty", "parse_hub_id",
+    "read_adapter", "save_adapter",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -50,7 +56,12 @@ if TYPE_CHECKING:
     from .checkpoints.reading import TensorReader
     from .checkpoints.store import Checkpoint, open_checkpoint
     from .errors import CheckpointError, NumericsError, OrthoError, OutputError, RecipeError, TargetError, UsageError
+    from .methods.adapter_folder import save_adapter
+    from .methods.adapter_layer import disable_adapter
+    from .methods.add import add_adapter
     from .methods.gor import gor_penalty
+    from .methods.load import load_adapter
+    from .methods.orthogonality import orthogonality_penalty
     from .surgery.add_hra import add_hra
     from .surgery.convert import convert
     from .surgery.diff import diff

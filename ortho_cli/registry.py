@@ -41,7 +41,10 @@ TABLES: dict[str, dict[str, str]] = {
     },
     # What a recipe may do to a model while it trains.
     "methods": {
+        "hra": "ortho_cli.methods.hra:HRAMethod",
+        "lora": "ortho_cli.methods.lora:LoRAMethod",
         "gor": "ortho_cli.methods.gor:GORMethod",
+        "peft": "ortho_cli.methods.peft:PEFTMethod",
     },
 }
 

@@ -9,6 +9,7 @@ from pydantic.json_schema import models_json_schema
 from ortho_cli.errors import UsageError
 from ortho_cli.recipe.explain import listed, nearest
 from ortho_cli.recipe.load import read_recipe
+from ortho_cli.recipe.section import Section
 from ortho_cli.recipe.shipped import find
 from ortho_cli.recipe.train import TrainRecipe, check_train, resolved_yaml
 from ortho_cli.recipe.verbs import VERBS, VerbRecipe, check_verb, command, is_training
@@ -46,7 +47,7 @@ def any_schema(verb: str | None = None) -> dict[str, Any]:
     Raises:
         UsageError: no such verb.
     """
-    classes = {"train": TrainRecipe, **VERBS}
+    classes: dict[str, type[Section]] = {"train": TrainRecipe, **VERBS}
     if verb is None:
         references, found = models_json_schema([(model, "validation") for model in classes.values()])
         by_verb = {verb: references[(model, "validation")]["$ref"] for verb, model in VERBS.items()}

@@ -36,7 +36,8 @@ def nearest(word: str, known: Iterable[str]) -> str:
     >>> nearest("rnk", ["rank", "seed"])
     "; did you mean 'rank'?"
     """
-    found = difflib.get_close_matches(word, list(known), n=1)
+    words = list(known)
+    found = [other for other in words if other.lower() == word.lower()] or difflib.get_close_matches(word, words, n=1)
     return f"; did you mean '{found[0]}'?" if found else ""
 
 
@@ -91,10 +92,12 @@ def _reason(group: list[tuple[ErrorDetails, list[Schema]]], value: object) -> st
             choices += [word for node in nodes for word in node.get("enum", [node["const"]] if "const" in node else [])]
         elif kind in ("value_error", "assertion_error"):
             sayings.append(str(error["ctx"]["error"]))  # a validator's own words
+        elif kind == "too_short":
+            sayings.append(f"expected {error['ctx']['min_length']} or more of them, found {_show(value)}")
         else:
             sayings.append(f"{error['msg'].removeprefix('Input ')}, found {_show(value)}")
     wanted = [] if sayings else types  # a branch that looked further than the type speaks for all
-    if choices:
+    if choices and not sayings:
         wanted = [*wanted, listed(choices, "or")]
     if wanted:
         near = nearest(value, map(str, choices)) if isinstance(value, str) else ""

@@ -70,9 +70,7 @@ def cells(recipe_data: dict[str, object]) -> list[Cell]:
     for index, choice in enumerate(itertools.product(*(range(len(values)) for values in matrix.values()))):
         data, overrides = base, {}
         for (key, values), chosen in zip(matrix.items(), choice, strict=True):
-            for path, location, value in zip(
-                fields(key), places[key], together(key, values[chosen]), strict=True
-            ):
+            for path, location, value in zip(fields(key), places[key], together(key, values[chosen]), strict=True):
                 overrides[path] = value
                 data = replaced(data, location, value)
         name = ",".join(f"{short[path]}={_value_text(value)}" for path, value in overrides.items())

@@ -61,7 +61,7 @@ class HRA(_Adapter):
     name: Literal["hra"] = Field(description="The method.")
     rank: Count = Field(default=8, description="Reflections a layer, even unless gram_schmidt.")
     side: Literal["input", "output"] = Field(default="input", description="The side of a weight that is turned.")
-    gram_schmidt: bool = Field(default=False, description="Keep the reflections orthonormal (the paper's lambda = inf).")
+    gram_schmidt: bool = Field(default=False, description="Orthonormal reflections (the paper's lambda = inf).")
     start: Literal["identity", "reflection"] = Field(
         default="identity", description="With gram_schmidt: leave the model as it is, or the paper's reflected start."
     )
@@ -96,7 +96,7 @@ class LoRA(_Adapter):
 
     name: Literal["lora"] = Field(description="The method.")
     rank: Count = Field(default=8, description="Rank of the update.")
-    alpha: Positive | None = Field(default=None, description="Scale times rank; null: the rank, so that the scale is 1.")
+    alpha: Positive | None = Field(default=None, description="Scale times rank; null: the rank, for scale 1.")
     rslora: bool = Field(default=False, description="Divide alpha by the square root of the rank instead of the rank.")
     dropout: Share = Field(default=0.0, description="Share of an adapted layer's input that is dropped.")
     shape: ClassVar[frozenset[str]] = _Adapter.shape | {"alpha", "rslora"}

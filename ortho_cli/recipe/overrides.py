@@ -29,7 +29,7 @@ def apply_sets(data: dict[str, object], positions: Positions, sets: Iterable[str
         sets: e.g. `["train.seed=1", "methods.hra.rank=16", "model.hidden=[32, 32]"]`.
 
     Raises:
-        RecipeError: no `=`, a key that leads nowhere, a value that is no YAML, a key that the matrix varies; all at once.
+        RecipeError: no `=`, a key that leads nowhere or that the matrix varies, a value that is no YAML.
 
     >>> apply_sets({"methods": [{"name": "hra"}]}, Positions(), ["methods.hra.rank=16"])
     {'methods': [{'name': 'hra', 'rank': 16}]}
@@ -56,7 +56,7 @@ def apply_sets(data: dict[str, object], positions: Positions, sets: Iterable[str
     varied = {location for paths in matrix_paths(data).values() for location in paths}
     for location, place in changed:
         if any(location[: len(other)] == other for other in varied):
-            reason = f"the recipe's matrix varies it; narrow that: --set 'matrix.{place.source[6:]}=[VALUE]'"
+            reason = "the recipe's matrix varies it; choose a cell, or change the matrix: --set 'matrix.KEY=[VALUE]'"
             problems.append(Problem(0, "", reason, place.source))
     if problems:
         raise refusal("--set", problems)

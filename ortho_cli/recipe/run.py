@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from ortho_cli.recipe.section import Count, Positive, Rejection, Section, Text, Whole
 
 __all__ = ["Best", "Run", "Train"]
 
-Metric = Annotated[str, Field(pattern=r"^eval/[A-Za-z0-9_.@-]+(/[A-Za-z0-9_.@-]+)*$")]
+
+def _evaluated(metric: str) -> str:
+    if not re.fullmatch(r"eval(/[\w.@-]+)+", metric):
+        raise ValueError(f"expected eval/NAME, e.g. eval/accuracy, found {metric!r}")
+    return metric
+
+
+Metric = Annotated[str, AfterValidator(_evaluated)]
 Decay = Annotated[float, Field(gt=0, lt=1)]
 
 
 class Train(Section):
-    """How long, from which seed, in which arithmetic."""
+    """The length, the seed and the arithmetic of a run."""
 
     epochs: Count | None = Field(default=None, description="Passes over the training data; or steps.")
     steps: Count | None = Field(default=None, description="Optimizer steps; or epochs.")

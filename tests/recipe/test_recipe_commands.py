@@ -12,9 +12,11 @@ from typer.testing import CliRunner, Result
 
 from ortho_cli.cli.recipe import app
 from ortho_cli.errors import OrthoError, OutputError, RecipeError, UsageError
+from ortho_cli.recipe.catalog import load_any
 from ortho_cli.recipe.parse import parse_yaml
 from ortho_cli.recipe.shipped import shipped
-from ortho_cli.recipe.verbs import VERBS, load_recipe
+from ortho_cli.recipe.verbs import VERBS
+from ortho_cli.recipe.write import plain_data
 
 
 def call(*arguments: str) -> Result:
@@ -42,8 +44,10 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_list() -> None:
     lines = output("list").splitlines()
     assert len(lines) == 2 * len(shipped())
-    assert lines[0].split(maxsplit=1) == ["sd15-add-hra", "Put Householder adapters (HRA) into Stable Diffusion 1.5."]
-    assert lines[1].strip() == "ortho add-hra --recipe sd15-add-hra"
+    at = 2 * list(shipped()).index("sd15-add-hra")
+    assert lines[at].split(maxsplit=1) == ["sd15-add-hra", "Put Householder adapters (HRA) into Stable Diffusion 1.5."]
+    assert lines[at + 1].strip() == "ortho add-hra --recipe sd15-add-hra"
+    assert lines[2 * list(shipped()).index("quickstart") + 1].strip() == "ortho train quickstart"
 
 
 def test_list_json() -> None:
@@ -56,10 +60,10 @@ def test_list_json() -> None:
 @pytest.mark.parametrize("name", shipped())
 def test_show_fills_in_every_default_and_is_a_recipe(name: str, here: Path) -> None:
     text = output("show", name)
-    recipe = load_recipe(name)
-    assert parse_yaml(text, "shown")[0] == recipe.model_dump(by_alias=True)
+    recipe = load_any(name)
+    assert parse_yaml(text, "shown")[0] == plain_data(recipe.model_dump(by_alias=True))
     (here / "shown.yaml").write_text(text, encoding="utf-8")
-    assert load_recipe("shown.yaml") == recipe
+    assert load_any("shown.yaml") == recipe
 
 
 def test_show_prints_brackets_as_they_are(here: Path) -> None:
@@ -91,13 +95,41 @@ def test_check_reports_all_errors_of_all_files(here: Path) -> None:
     assert error.hint == "all keys: ortho recipe schema --verb merge\nlist them with: ortho recipe list"
 
 
+def test_check_covers_training_recipes(here: Path) -> None:
+    (here / "a.yaml").write_text("version: 1\ntask: {name: clasify}\n", encoding="utf-8")
+    error, stdout = failure("check", "quickstart", "a.yaml")
+    assert stdout == "ok: quickstart\n"
+    assert "a.yaml:2: task.name: expected classify, found 'clasify'; did you mean 'classify'?" in error.message
+    assert error.hint == "all keys: ortho recipe schema --verb train"
+
+
+def test_check_data_says_what_is_needed_and_looks_for_it(here: Path) -> None:
+    lines = output("check", "--data", "quickstart", "sd15-merge").splitlines()
+    assert lines[0].startswith("digits: ")
+    assert lines[-3].startswith("found: 1438 samples to train on, 359 to judge by; 10 classes")
+    assert lines[-2:] == ["ok: quickstart", "ok: sd15-merge"]
+    assert output("check", "--data", "digits-vit-pretrain").splitlines()[-2].endswith("10 classes, 5 of them kept")
+
+
+def test_check_data_that_is_missing(here: Path) -> None:
+    text = shipped()["cifar10-resnet110-gor"].read_text(encoding="utf-8")
+    (here / "r.yaml").write_text(text.replace("name: cifar10,", "name: cifar10, path: nowhere,"), encoding="utf-8")
+    error, stdout = failure("check", "--data", "r.yaml", "quickstart")
+    assert "FOLDER/cifar-10-batches-py" in stdout  # the expected tree, although it is not there
+    assert "ok: r.yaml" not in stdout
+    assert stdout.endswith("ok: quickstart\n")
+    assert "nowhere" in error.message
+    assert error.exit_code == 3
+
+
 def test_schema() -> None:
     assert json.loads(output("schema", "--verb", "merge"))["properties"]["verb"] == {
         "const": "merge",
         "title": "Verb",
         "type": "string",
     }
-    assert set(json.loads(output("schema"))["discriminator"]["mapping"]) == set(VERBS)
+    assert "methods" in json.loads(output("schema", "--verb", "train"))["properties"]
+    assert set(json.loads(output("schema"))["then"]["discriminator"]["mapping"]) == set(VERBS)
     error, stdout = failure("schema", "--verb", "mrge")
     assert isinstance(error, UsageError)
     assert stdout == ""

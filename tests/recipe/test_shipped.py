@@ -9,12 +9,13 @@ import pytest
 
 import ortho_cli
 from ortho_cli.errors import RecipeError
+from ortho_cli.recipe.catalog import command_of, load_any
 from ortho_cli.recipe.load import load_yaml
 from ortho_cli.recipe.shipped import find, purpose, shipped
-from ortho_cli.recipe.verbs import command, load_recipe, load_verb
+from ortho_cli.recipe.verbs import load_verb
 
 RECIPES = Path(ortho_cli.__file__).parents[1] / "recipes"
-COUNT = 2  # a new recipe is counted here, so that none can get lost on the way into the tests
+COUNT = 9  # a new recipe is counted here, so that none can get lost on the way into the tests
 
 
 def test_all_are_found() -> None:
@@ -27,9 +28,9 @@ def test_all_are_found() -> None:
 @pytest.mark.parametrize("name", shipped())
 def test_each_is_valid_and_opens_with_its_command(name: str) -> None:
     path = shipped()[name]
-    recipe = load_recipe(str(path))
+    recipe = load_any(str(path))
     first = path.read_text(encoding="utf-8").splitlines()[0]
-    assert first == f"# {purpose(path)}     {command(recipe.verb, name)}"
+    assert first == f"# {purpose(path)}     {command_of(recipe, name)}"
     assert purpose(path).endswith(".")
     assert load_yaml(path)[0]["version"] == 1
 
@@ -64,7 +65,8 @@ def test_names_resolve_in_an_installed_package(tmp_path: Path, monkeypatch: pyte
     (package / "_recipes" / "papers").mkdir()
     shutil.copy(RECIPES / "sd15-merge.yaml", package / "_recipes" / "papers" / "merge.yaml")
     monkeypatch.setattr(ortho_cli, "__file__", str(package / "__init__.py"))
-    assert list(shipped()) == ["papers/merge", "sd15-add-hra", "sd15-merge"]
+    assert "papers/merge" in shipped()
+    assert len(shipped()) == COUNT + 1
     assert find("sd15-merge") == package / "_recipes" / "sd15-merge.yaml"
     assert find("papers/merge.yaml") == package / "_recipes" / "papers" / "merge.yaml"
     assert load_verb("papers/merge", "merge") == load_verb("sd15-merge", "merge")
@@ -72,7 +74,7 @@ def test_names_resolve_in_an_installed_package(tmp_path: Path, monkeypatch: pyte
 
 def test_sd15_add_hra_says_what_the_paper_says() -> None:
     path = find("sd15-add-hra")
-    recipe = load_recipe(str(path)).model_dump()
+    recipe = load_any(str(path)).model_dump()
     assert (recipe["rank"], recipe["targets"]) == (8, ["sd15-control"])
     text = path.read_text(encoding="utf-8")
     listed = (Path(__file__).parents[1] / "data" / "sd15_hra_targets.txt").read_text(encoding="utf-8").splitlines()

@@ -10,8 +10,9 @@ import pytest
 from pydantic import ValidationError
 
 from ortho_cli.errors import OutputError, RecipeError, UsageError
+from ortho_cli.recipe.catalog import any_schema, load_any
 from ortho_cli.recipe.parse import parse_yaml
-from ortho_cli.recipe.verbs import VERBS, VerbRecipe, load_recipe, load_verb, save_verb, schema
+from ortho_cli.recipe.verbs import TRAIN_KEYS, VERBS, VerbRecipe, load_verb, save_verb
 
 FULL: dict[str, dict[str, Any]] = {
     "add-hra": {
@@ -55,7 +56,8 @@ def test_the_verbs() -> None:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_defaults(path: Path, verb: str) -> None:
-    recipe = load_recipe(written(path, verb, LEAST[verb]))
+    recipe = load_any(written(path, verb, LEAST[verb]))
+    assert isinstance(recipe, VERBS[verb])
     assert recipe.verb == verb
     required = parse_yaml(LEAST[verb], "r.yaml")[0]
     assert recipe.model_dump(by_alias=True) == {"version": 1, "verb": verb, **required, **DEFAULTS[verb]}
@@ -64,7 +66,7 @@ def test_defaults(path: Path, verb: str) -> None:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_recipes_are_frozen(path: Path, verb: str) -> None:
-    recipe = load_recipe(written(path, verb, LEAST[verb]))
+    recipe = load_any(written(path, verb, LEAST[verb]))
     with pytest.raises(ValidationError, match="frozen"):
         recipe.version = 2
 
@@ -79,7 +81,7 @@ def test_saved_and_loaded_is_the_same(path: Path, verb: str) -> None:
 
 
 def test_every_value_of_every_choice_survives(path: Path) -> None:
-    formats = schema("convert")["properties"]["to"]["enum"]
+    formats = any_schema("convert")["properties"]["to"]["enum"]
     assert len(formats) == 9
     for to in formats:
         save_verb(path, "convert", {"input": "x", "to": to}, force=True)
@@ -124,6 +126,17 @@ def test_the_wrong_verb_names_the_right_command(path: Path) -> None:
     assert caught.value.where == f"{path}:2"
 
 
+def test_a_training_recipe_is_no_verb(path: Path) -> None:
+    path.write_text("version: 1\ntask: {name: classify}\n", encoding="utf-8")
+    with pytest.raises(RecipeError, match="this recipe is for `ortho train`, not for `ortho merge`") as caught:
+        load_verb(str(path), "merge")
+    assert caught.value.hint == f"ortho train {path}"
+
+
+def test_what_a_training_recipe_is_known_by() -> None:
+    assert set(any_schema("train")["properties"]) == TRAIN_KEYS | {"version"}
+
+
 def test_the_hint_leads_to_all_keys(path: Path) -> None:
     with pytest.raises(RecipeError) as caught:
         load_verb(written(path, "merge", "bas: x\n"), "merge")
@@ -133,7 +146,7 @@ def test_the_hint_leads_to_all_keys(path: Path) -> None:
 
 @pytest.mark.parametrize("verb", VERBS)
 def test_schema_of_a_verb(verb: str) -> None:
-    found = json.loads(json.dumps(schema(verb)))
+    found = json.loads(json.dumps(any_schema(verb)))
     assert set(found["properties"]) == {"version", "verb", *FULL[verb]}
     assert found["additionalProperties"] is False
     own = {key: node for key, node in found["properties"].items() if key != "verb"}
@@ -141,16 +154,18 @@ def test_schema_of_a_verb(verb: str) -> None:
 
 
 def test_schema_of_all() -> None:
-    found = json.loads(json.dumps(schema()))
-    assert set(found["discriminator"]["mapping"]) == set(VERBS)
-    assert len(found["oneOf"]) == len(VERBS)
-    keys = {key for node in found["$defs"].values() for key in node["properties"]}
-    assert keys == {"version", "verb", "path", *(key for options in FULL.values() for key in options)}
+    found = json.loads(json.dumps(any_schema()))
+    assert found["if"] == {"required": ["verb"]}
+    assert set(found["then"]["discriminator"]["mapping"]) == set(VERBS)
+    assert len(found["then"]["oneOf"]) == len(VERBS)
+    assert found["else"] == {"$ref": "#/$defs/TrainRecipe"}
+    for verb, model in VERBS.items():
+        assert set(found["$defs"][model.__name__]["properties"]) == {"version", "verb", *FULL[verb]}
 
 
 def test_schema_of_an_unknown_verb() -> None:
     with pytest.raises(UsageError, match="did you mean 'merge'"):
-        schema("mergee")
+        any_schema("mergee")
 
 
 def test_base_class_has_only_what_is_not_an_option() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from ortho_cli.errors import RecipeError
-from ortho_cli.recipe.verbs import load_recipe
+from ortho_cli.recipe.catalog import load_any
 
 
 @pytest.fixture
@@ -18,7 +18,7 @@ def path(tmp_path: Path) -> Path:
 def errors(path: Path, verb: str, body: str) -> list[str]:
     path.write_text(f"version: 1\nverb: {verb}\n{body}", encoding="utf-8")
     with pytest.raises(RecipeError) as caught:
-        load_recipe(str(path))
+        load_any(str(path))
     return [line.removeprefix(f"{path}:") for line in caught.value.message.splitlines()]
 
 
@@ -41,7 +41,7 @@ def errors(path: Path, verb: str, body: str) -> list[str]:
 def test_version_and_verb(path: Path, text: str, expected: str) -> None:
     path.write_text(text, encoding="utf-8")
     with pytest.raises(RecipeError) as caught:
-        load_recipe(str(path))
+        load_any(str(path))
     assert caught.value.message == f"{path}:{expected}"
 
 

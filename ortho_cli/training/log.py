@@ -1,0 +1,68 @@
+"""What a run says of itself: `metrics.jsonl`, which a resumed run repeats, and `timing.jsonl`, which it cannot.
+
+One JSON object a line, flushed as written. On resume both are cut back to the step that is resumed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+from ortho_cli.errors import CheckpointError
+
+__all__ = ["JsonLines", "read_lines"]
+
+
+class JsonLines:
+    """An append-only file of JSON objects, each with its ``step``.
+
+    Args:
+        path: created if missing.
+        keep_until: cut lines of later steps away first (None: keep all).
+    """
+
+    def __init__(self, path: Path, *, keep_until: int | None = None) -> None:
+        self.path = path
+        if keep_until is not None and path.exists():
+            _cut(path, keep_until)
+        self._file: IO[str] = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
+
+    def write(self, values: Mapping[str, Any]) -> None:
+        """Append one object; floats are written so that they read back bit for bit."""
+        self._file.write(json.dumps(dict(values)) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Flush to disk and close."""
+        if not self._file.closed:
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+
+
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
+    """The objects of a file; an unfinished last line (a killed run) is passed over.
+
+    Raises:
+        CheckpointError: a line before the last is damaged.
+    """
+    lines = path.read_text("utf-8").split("\n")
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            yield json.loads(line)
+        except ValueError as error:
+            if number == len(lines):
+                return
+            raise CheckpointError(f"{path.name}:{number} is damaged", where=str(path)) from error
+
+
+def _cut(path: Path, step: int) -> None:
+    kept = [json.dumps(values) + "\n" for values in read_lines(path) if values["step"] <= step]
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    partial.write_text("".join(kept), "utf-8")
+    os.replace(partial, path)

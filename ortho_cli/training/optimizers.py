@@ -1,0 +1,177 @@
+"""Optimizers by their recipe, and which parameters they decay.
+
+torch's own where it has one; two that papers of this field used and torch lacks are written out: fairseq's Nesterov
+(`nag`, which looks ahead with the *current* learning rate) and Adam without bias correction (BERT's).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["NAG", "UncorrectedAdam", "build_optimizer", "parameter_groups"]
+
+NORMS = (
+    nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm, nn.LocalResponseNorm,
+)  # fmt: skip
+MATRIX = 2  # muon orthogonalises matrices; everything else in its model goes to AdamW
+
+
+def parameter_groups(
+    model: nn.Module, weight_decay: float, *, decay_norms: bool, claimed: Sequence[dict[str, Any]] = ()
+) -> list[dict[str, Any]]:
+    """Trainable parameters as optimizer groups: decayed, undecayed, and those that methods claimed for themselves.
+
+    Args:
+        model: parameters with ``requires_grad`` count, each once.
+        weight_decay: of the decayed group.
+        decay_norms: also decay biases and the parameters of norms; they are told by their module, not by their name.
+        claimed: groups from `Method.param_groups`; their keys win over the optimizer's.
+
+    Returns:
+        Groups in a fixed order, empty ones left out.
+    """
+    taken = {id(parameter) for group in claimed for parameter in group["params"]}
+    plain: list[nn.Parameter] = []
+    bare: list[nn.Parameter] = []
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad or id(parameter) in taken:
+                continue
+            taken.add(id(parameter))
+            undecayed = not decay_norms and (isinstance(module, NORMS) or name == "bias")
+            (bare if undecayed else plain).append(parameter)
+    groups = [
+        {"params": plain, "weight_decay": weight_decay},
+        {"params": bare, "weight_decay": 0.0},
+        *({"weight_decay": weight_decay, **group} for group in claimed),
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(config: Any, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """The optimizer that a recipe's `optimizer` section names, over `parameter_groups`."""
+    lr = config.lr
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, lr=lr, momentum=config.momentum)
+    if config.name == "nesterov":
+        return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=True)
+    if config.name == "nag":
+        return NAG(groups, lr=lr, momentum=config.momentum)
+    if config.name == "muon":
+        return _muon(config, groups)
+    if config.name == "adam" and not config.bias_correction:
+        return UncorrectedAdam(groups, lr=lr, betas=tuple(config.betas), eps=config.eps)
+    kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
+    return kind(groups, lr=lr, betas=tuple(config.betas), eps=config.eps)
+
+
+class NAG(torch.optim.Optimizer):
+    """Nesterov's accelerated gradient in fairseq's form, which rescales momentum when the learning rate changes."""
+
+    def __init__(self, params: Any, lr: float, momentum: float = 0.9, weight_decay: float = 0.0) -> None:
+        super().__init__(params, {"lr": lr, "lr_old": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of every parameter that has a gradient."""
+        loss = closure() if closure is not None else None
+        for group in self.param_groups:
+            lr, momentum, decay = group["lr"], group["momentum"], group["weight_decay"]
+            correction = lr / group["lr_old"] if group["lr_old"] > 0 else lr
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(parameter)
+                buffer: Tensor = state["momentum_buffer"]
+                if decay:
+                    parameter.mul_(1 - lr * decay)
+                parameter.add_(buffer, alpha=momentum * momentum * correction)
+                parameter.add_(parameter.grad, alpha=-(1 + momentum) * lr)
+                buffer.mul_(momentum * correction).add_(parameter.grad, alpha=-lr)
+            group["lr_old"] = lr
+        return loss
+
+
+class UncorrectedAdam(torch.optim.Optimizer):
+    """Adam whose moments are used as they are, with decoupled decay (BERT's optimizer, and DeBERTa's XAdam)."""
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        weight_decay: float = 0,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One update of every parameter that has a gradient."""
+        loss = closure() if closure is not None else None
+        for group in self.param_groups:
+            beta1, beta2 = group["betas"]
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                if not state:
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+                state["exp_avg"].lerp_(parameter.grad, 1 - beta1)
+                state["exp_avg_sq"].mul_(beta2).addcmul_(parameter.grad, parameter.grad, value=1 - beta2)
+                if group["weight_decay"]:
+                    parameter.mul_(1 - group["lr"] * group["weight_decay"])
+                parameter.addcdiv_(state["exp_avg"], state["exp_avg_sq"].sqrt().add_(group["eps"]), value=-group["lr"])
+        return loss
+
+
+class _Pair(torch.optim.Optimizer):
+    """Muon for matrices and AdamW for the rest, as one optimizer to the loop."""
+
+    def __init__(self, parts: Iterable[torch.optim.Optimizer]) -> None:
+        self.parts = list(parts)
+        groups = [group for part in self.parts for group in part.param_groups]
+        super().__init__([{**group, "params": list(group["params"])} for group in groups], {})
+        self._link()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As any optimizer's; accelerate calls it to move moments to the device."""
+        super().load_state_dict(state_dict)
+        self._link()
+
+    def _link(self) -> None:
+        """Give the parts this optimizer's own groups and state: a changed rate or a restored moment reaches them."""
+        groups = iter(self.param_groups)
+        for part in self.parts:
+            part.param_groups = [next(groups) for _ in part.param_groups]
+            part.state = self.state
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of each part."""
+        loss = closure() if closure is not None else None
+        for part in self.parts:
+            part.step()
+        return loss
+
+
+def _muon(config: Any, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    matrices: list[dict[str, Any]] = []
+    others: list[dict[str, Any]] = []
+    for group in groups:
+        for wanted, kept in ((True, matrices), (False, others)):
+            chosen = [parameter for parameter in group["params"] if (parameter.dim() == MATRIX) is wanted]
+            if chosen:
+                kept.append({**group, "params": chosen})
+    parts: list[torch.optim.Optimizer] = []
+    if matrices:
+        parts.append(torch.optim.Muon(matrices, lr=config.lr, momentum=config.momentum))
+    if others:
+        parts.append(torch.optim.AdamW(others, lr=config.lr))
+    return _Pair(parts)
