@@ -15,7 +15,7 @@ from .adapter_layer import AdapterLayer, adapter_layers
 from .add import insert_hra
 from .continued import check_layers, check_settings, layer_ranks
 from .hra_layer import HRALayer
-from .inject import choose, freeze, set_biases
+from .inject import choose, freeze, set_biases, train_modules
 from .load import attach
 from .method import Context, Method
 from .orthogonality import reflection_summary, vectors_penalty
@@ -65,6 +65,7 @@ class HRAMethod(Method):
         for layer in self.layers.values():
             layer.vectors.requires_grad_(True)
         set_biases(model, config.bias)
+        train_modules(model, config.modules_to_save)
         check_savable(self.layers)
         if config.gram_schmidt and config.start == "reflection" and not source:
             self.notes.append("start: reflection, the paper's form, does not start at the identity")

@@ -15,7 +15,7 @@ from ortho_cli.linalg.starts import orthonormal_start, paired_start
 from .adapter_layer import AdapterLayer, adapter_layers, base_of, geometry
 from .families import automatic_patterns
 
-__all__ = ["Named", "choose", "freeze", "initial_vectors", "named_layers", "set_biases", "wrap"]
+__all__ = ["Named", "choose", "freeze", "initial_vectors", "named_layers", "set_biases", "train_modules", "wrap"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -141,6 +141,32 @@ def set_biases(model: nn.Module, bias: str) -> None:
         for name, parameter in module.named_parameters(recurse=False):
             if name == "bias" and parameter.is_floating_point():
                 parameter.requires_grad_(True)
+
+
+def train_modules(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Let whole modules train beside the adapters, such as a new head.
+
+    Args:
+        model: with its adapters on.
+        patterns: globs over module names.
+
+    Raises:
+        TargetError: a pattern that matches nothing, or a module that an adapter is in or on.
+
+    >>> model = nn.ModuleDict({"body": nn.Linear(2, 2), "head": nn.Linear(2, 3)}).requires_grad_(False)
+    >>> train_modules(model, ["head"])
+    >>> [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    ['head.weight', 'head.bias']
+    """
+    sizes = {name: () for name, module in model.named_modules() if name and next(module.parameters(), None) is not None}
+    for name in targets.select(patterns, sizes, "plain").layers if patterns else ():
+        module = model.get_submodule(name)
+        if _every(module):
+            raise TargetError(
+                f"module {name!r} holds an adapter, so it cannot be saved whole",
+                hint="name modules without one in modules_to_save, or exclude its layers",
+            )
+        module.requires_grad_(True)
 
 
 def initial_vectors(width: int, rank: int, *, seed: int, name: str, gram_schmidt: bool = False) -> Tensor:

@@ -15,7 +15,7 @@ from .adapter_folder import write_adapter
 from .adapter_layer import AdapterLayer, adapter_layers
 from .add import insert_lora
 from .continued import check_layers, check_settings, layer_ranks
-from .inject import choose
+from .inject import choose, train_modules
 from .load import attach
 from .lora_layer import LoRALayer
 from .method import Context, Method
@@ -57,6 +57,7 @@ class LoRAMethod(Method):
             self._check_continued(model, f"adapter {Path(config.adapter).name}")
         for layer in self.layers.values():
             layer.dropout = config.dropout
+        train_modules(model, config.modules_to_save)
         check_savable(self.layers)
 
     def _check_continued(self, model: nn.Module, source: str) -> None:

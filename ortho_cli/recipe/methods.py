@@ -44,6 +44,9 @@ class _Adapter(MethodSection):
         default=None, description="An adapter to go on with; what shapes it (rank, targets ...) is then its own."
     )
     lr: OwnRate = None
+    modules_to_save: Patterns = Field(
+        default=(), description="Patterns of modules that train too and are saved whole, e.g. a new head."
+    )
     shape: ClassVar[frozenset[str]] = frozenset({"rank", "targets", "exclude"})
     """Keys that an adapter to go on with brings along: a given one must agree, one left out says nothing."""
 

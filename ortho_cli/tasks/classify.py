@@ -32,8 +32,10 @@ TOP = 5  # top-5 accuracy is reported where there are more classes than that
 class ClassifyTask(Task):
     """Train and judge a classifier of pictures.
 
-    Where the recipe keeps some classes only, training sees no others, `accuracy` and `loss` are over them, and
-    `accuracy_other_classes` tells what is left of the others: what a fine-tuning forgets.
+    Where the recipe keeps some classes only, training sees no others, and `accuracy` and `loss` are over them. What a
+    fine-tuning forgets of the others is told twice: `accuracy_other_classes` with all classes to choose from, and
+    `accuracy_among_other_classes` with those others only, which asks what the features still tell apart (class- and
+    task-incremental accuracy of van de Ven and Tolias 2019, arXiv:1904.07734).
 
     Args:
         task: label smoothing, and mixup's alpha.
@@ -138,7 +140,7 @@ class ClassifyTask(Task):
             raise ValueError("no batches to evaluate on")
         if reduce is not None:
             sums = reduce(sums)
-        loss, right, right_top, count, right_others, others = sums.tolist()
+        loss, right, right_top, count, right_others, right_among, others = sums.tolist()
         if not count:
             raise RecipeError("no evaluated sample is of the classes in data.classes", hint="raise train.limit_batches")
         metrics = {"loss": loss / count, "accuracy": right / count}
@@ -146,15 +148,20 @@ class ClassifyTask(Task):
             metrics["accuracy_top5"] = right_top / count
         if others:
             metrics["accuracy_other_classes"] = right_others / others
+            metrics["accuracy_among_other_classes"] = right_among / others
         return metrics
 
     def _sums(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Sums of loss, hits, top-5 hits and samples over the kept classes, hits and samples over the others."""
+        """Sums over kept classes: loss, hits, top-5 hits, samples; over others: hits, hits among them, samples."""
         losses = F.cross_entropy(logits, labels, reduction="none")
         ranked = logits.topk(min(TOP, logits.shape[-1]), dim=-1).indices == labels[:, None]
         hits, top_hits = ranked[:, 0], ranked.any(-1)
-        kept = torch.ones_like(hits) if self._kept is None else torch.isin(labels, self._kept.to(labels.device))
-        columns = (losses * kept, hits & kept, top_hits & kept, kept, hits & ~kept, ~kept)
+        kept, among = torch.ones_like(hits), hits
+        if self._kept is not None:
+            classes = self._kept.to(labels.device)
+            kept = torch.isin(labels, classes)
+            among = logits.index_fill(-1, classes, -torch.inf).argmax(-1) == labels
+        columns = (losses * kept, hits & kept, top_hits & kept, kept, hits & ~kept, among & ~kept, ~kept)
         return torch.stack([column.double().sum() for column in columns])
 
 

@@ -35,10 +35,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "hra": {
         "rank": 8, "targets": "auto", "exclude": [], "side": "input", "gram_schmidt": False, "start": "identity",
         "penalty": 0.0, "penalty_form": "squared", "bias": "none", "adapter": None, "eps": 0.0, "lr": None,
+        "modules_to_save": [],
     },
     "lora": {
         "rank": 8, "alpha": None, "rslora": False, "targets": "auto", "exclude": [], "dropout": 0.0, "adapter": None,
-        "lr": None,
+        "lr": None, "modules_to_save": [],
     },
     "gor": {
         "mode": "inter", "groups": 32, "min_filters": 4, "penalty": 0.01, "targets": "conv", "normalize": False,
@@ -143,8 +144,10 @@ def test_an_adapter_shapes_itself(tmp_path: Path) -> None:
     hra, lora = load_train(path).methods
     assert hra.model_dump() == {
         "name": "hra", "adapter": "a", "bias": "all", "lr": None, "penalty": 0.0, "penalty_form": "squared",
+        "modules_to_save": (),
     }  # fmt: skip
-    assert lora.model_dump() == {"name": "lora", "adapter": "b", "rank": 4, "dropout": 0.0, "lr": None}
+    own = {"lr": None, "modules_to_save": ()}
+    assert lora.model_dump() == {"name": "lora", "adapter": "b", "rank": 4, "dropout": 0.0, **own}
     assert load_train(written(tmp_path, "methods: [{name: hra, adapter: a, rank: 7}]\n")).methods[0].rank == 7
 
 
