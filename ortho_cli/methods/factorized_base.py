@@ -1,0 +1,138 @@
+"""What every factored layer is: factors `U`, `VT`, perhaps a square `M` between them, perhaps a bias.
+
+The factors are those of the layer's matrix (`linalg/matricize.py`), the groups of a convolution stacked. The layer it
+stands for is kept as an outline without memory, from which the dense layer is made again.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ortho_cli.errors import TargetError
+from ortho_cli.linalg.matricize import Matricization
+
+__all__ = ["FactorizedLayer", "matricization"]
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def matricization(layer: nn.Module) -> Matricization:
+    """How a layer's weight is a matrix.
+
+    Raises:
+        TargetError: it has none, or does more with its input than a product; with the reason.
+
+    >>> matricization(nn.Conv2d(4, 6, 3)).matrix_shape
+    (18, 12)
+    """
+    kind = type(layer).__name__
+    weight = layer._parameters.get("weight")
+    if weight is None or not weight.is_floating_point():
+        raise TargetError(f"a {kind}, which multiplies by no plain weight of its own")
+    shape = tuple(weight.shape)
+    for bases, name in (((nn.Linear,), "linear"), (CONVOLUTIONS, "conv"), (TRANSPOSED, "transposed")):
+        base = next((base for base in bases if isinstance(layer, base)), None)
+        if base is not None and type(layer).forward is base.forward:
+            return Matricization(name, shape, getattr(layer, "groups", 1))
+    if isinstance(layer, nn.Embedding):
+        if layer.max_norm is not None or layer.scale_grad_by_freq or layer.sparse:
+            raise TargetError(f"a {kind} with max_norm, scale_grad_by_freq or sparse, which its factors cannot have")
+        return Matricization("embedding", shape)
+    if kind == "Conv1D" and hasattr(layer, "nf"):  # of transformers: a Linear, stored as (in, out)
+        return Matricization("conv1d", shape)
+    raise TargetError(f"a {kind}, which is neither linear, convolution nor embedding")
+
+
+class FactorizedLayer(nn.Module):
+    """What all factored layers are. Attributes it lacks are those of the layer it stands for.
+
+    Attributes:
+        form: how the weight is a matrix.
+        U: `(groups rows, rank)`.
+        VT: `(groups rank, cols)`.
+        M: `(groups rank, rank)`, or None.
+        bias: of the layer, or None.
+    """
+
+    U: nn.Parameter
+    VT: nn.Parameter
+    M: nn.Parameter | None
+    bias: nn.Parameter | None
+
+    def __init__(self, base: nn.Module, rank: int, *, square: bool = False) -> None:
+        super().__init__()
+        if rank < 1:
+            raise ValueError(f"a rank is at least 1, found {rank}")
+        self.form = matricization(base)
+        self.rank = rank
+        weight, groups = base._parameters["weight"], self.form.groups
+        assert weight is not None
+        self.U = nn.Parameter(weight.new_zeros(groups * self.form.rows, rank), requires_grad=weight.requires_grad)
+        self.VT = nn.Parameter(weight.new_zeros(groups * rank, self.form.cols), requires_grad=weight.requires_grad)
+        middle = torch.eye(rank, dtype=weight.dtype, device=weight.device).repeat(groups, 1) if square else None
+        self.M = None if middle is None else nn.Parameter(middle, requires_grad=weight.requires_grad)
+        self.register_parameter("bias", base._parameters.get("bias"))
+        self._outline = (_outline(base),)  # in a tuple, so that it is no child
+        self.train(base.training)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name.startswith("_") or "_outline" not in self.__dict__:
+                raise
+            return getattr(self._outline[0], name)
+
+    def factors(self) -> tuple[Tensor, ...]:
+        """`(U, VT)` or `(U, VT, M)`, for a grouped convolution each with a leading dimension of groups; views."""
+        return self.unstack(self.U, self.VT, self.M)
+
+    def unstack(self, u: Tensor, vt: Tensor, mid: Tensor | None = None) -> tuple[Tensor, ...]:
+        """Tensors of the factors' shapes as `factors` gives them."""
+        groups = self.form.groups
+        middle = () if mid is None else (mid if groups == 1 else mid.view(groups, self.rank, self.rank),)
+        return (*self.form.unstack(u, vt), *middle)
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight, multiplied out anew; differentiable."""
+        u, vt = self.form.unstack(*self.pair())
+        return self.form.to_weight(u @ vt)
+
+    def pair(self) -> tuple[Tensor, Tensor]:
+        """Two factors of the weight as they are stored, `M` taken into the one with the shorter side."""
+        if self.M is None:
+            return self.U, self.VT
+        u, vt, mid = self.factors()
+        return self.form.stack(*((u @ mid, vt) if self.form.rows <= self.form.cols else (u, mid @ vt)))
+
+    def dense(self) -> nn.Module:
+        """The layer it stands for, with the product for its weight and tensors of its own."""
+        layer = copy.deepcopy(self._outline[0])
+        with torch.no_grad():
+            for name in ("weight", "bias"):
+                own = getattr(self, name)
+                if own is not None:
+                    value = own.detach().clone(memory_format=torch.contiguous_format)
+                    layer._parameters[name] = nn.Parameter(value, requires_grad=self.U.requires_grad)
+        return layer.train(self.training)
+
+    def extra_repr(self) -> str:
+        """The layer's shape, its rank and its parts."""
+        square = ", square" if self.M is not None else ""
+        return f"{self.form.kind} {self.form.shape}, rank={self.rank}{square}, bias={self.bias is not None}"
+
+
+def _outline(layer: nn.Module) -> nn.Module:
+    """The same layer without memory."""
+    outline = copy.copy(layer)
+    outline._parameters = {
+        name: None if value is None else nn.Parameter(value.detach().to("meta"), value.requires_grad)
+        for name, value in layer._parameters.items()
+    }
+    return outline
