@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from ortho_cli import __version__
-from ortho_cli.cli import add_hra, bench, convert, demo, doctor, inspect, merge, recipe, train
+from ortho_cli.cli import add_hra, analyze, bench, convert, demo, doctor, inspect, merge, recipe, train
 from ortho_cli.errors import OrthoError, UsageError
 
 __all__ = ["OrthoGroup", "app", "main"]
@@ -45,6 +45,9 @@ class OrthoGroup(TyperGroup):
                 traceback.print_exc()
             report_error(error, as_json="--json" in words)
             raise typer.Exit(error.exit_code) from error
+        except KeyboardInterrupt:
+            typer.echo("interrupted", err=True)
+            raise typer.Exit(130) from None
         except TyperUsageError as error:
             if "--json" not in words:
                 raise
@@ -53,8 +56,9 @@ class OrthoGroup(TyperGroup):
 
 
 def report_error(error: OrthoError, *, as_json: bool) -> None:
-    """Print what went wrong: for people on stderr, for programs on stdout."""
-    if as_json:
+    """Print what went wrong: for people on stderr, for programs on stdout, which is the first process's alone."""
+    rank = os.environ.get("RANK", "0")
+    if as_json and rank == "0":
         from ortho_cli.cli.show import print_json
 
         print_json({"error": error.as_dict()}, ok=False)
@@ -63,7 +67,8 @@ def report_error(error: OrthoError, *, as_json: bool) -> None:
 
     where = f" ({printable(error.where)})" if error.where and error.where not in error.message else ""
     color = False if os.environ.get("NO_COLOR") else None  # None: where the stream is a terminal
-    typer.secho("error: ", fg="red", bold=True, nl=False, err=True, color=color)
+    title = "error: " if rank == "0" else f"error in process {rank}: "
+    typer.secho(title, fg="red", bold=True, nl=False, err=True, color=color)
     typer.echo(_harmless(error.message) + where, err=True)
     if error.hint:
         typer.secho("hint: ", fg="cyan", nl=False, err=True, color=color)
@@ -104,12 +109,13 @@ def _root(
     pass
 
 
-CHECKPOINTS, TRAINING, HELP = "Checkpoints", "Training", "Help"
+CHECKPOINTS, TRAINING, ANALYSIS, HELP = "Checkpoints", "Training", "Analysis", "Help"
 app.command("inspect", rich_help_panel=CHECKPOINTS)(inspect.inspect)
 app.command("add-hra", rich_help_panel=CHECKPOINTS)(add_hra.add_hra)
 app.command("merge", rich_help_panel=CHECKPOINTS)(merge.merge)
 app.command("convert", rich_help_panel=CHECKPOINTS)(convert.convert)
 app.command("train", rich_help_panel=TRAINING)(train.train)
+app.add_typer(analyze.app, name="analyze", cls=OrthoGroup, rich_help_panel=ANALYSIS)
 app.add_typer(recipe.app, name="recipe", cls=OrthoGroup, rich_help_panel=HELP)
 app.add_typer(bench.app, name="bench", cls=OrthoGroup, rich_help_panel=HELP)
 app.command("doctor", rich_help_panel=HELP)(doctor.doctor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import typer
@@ -11,8 +12,8 @@ from ortho_cli.errors import OutputError
 __all__ = ["publish"]
 
 
-def publish(output: Path, repo: str, *, private: bool, command: str) -> None:
-    """Create the repository if need be and upload a file or a folder.
+def publish(output: Path, repo: str, *, private: bool, command: str, ignore: Sequence[str] = ()) -> None:
+    """Create the repository if need be and upload a file, or a folder without what matches the globs `ignore`.
 
     Raises:
         OutputError: no token, no network, or the hub refused; the local result stays where it is.
@@ -30,7 +31,9 @@ def publish(output: Path, repo: str, *, private: bool, command: str) -> None:
     try:
         api.create_repo(repo, private=private, exist_ok=True)
         if output.is_dir():
-            link = api.upload_folder(repo_id=repo, folder_path=output, commit_message=command)
+            link = api.upload_folder(
+                repo_id=repo, folder_path=output, commit_message=command, ignore_patterns=list(ignore) or None
+            )
         else:
             link = api.upload_file(
                 repo_id=repo, path_or_fileobj=output, path_in_repo=output.name, commit_message=command

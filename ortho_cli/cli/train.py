@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ortho_cli.cli.completion import recipes
-from ortho_cli.cli.options import OUTPUT, DebugOption, DryRunOption, JsonOption, QuietOption
+from ortho_cli.cli.options import (
+    OUTPUT,
+    DebugOption,
+    DryRunOption,
+    JsonOption,
+    PrivateOption,
+    PushOption,
+    QuietOption,
+)
+from ortho_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from ortho_cli.training.run import Outcome
 
 __all__ = ["train"]
 
@@ -32,6 +45,8 @@ def train(
         typer.Option("--debug-run", metavar="step|overfit|profile", help="One step, three batches, or a profile."),
     ] = None,
     dry_run: DryRunOption = False,
+    push_to_hub: PushOption = None,
+    private: PrivateOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
@@ -39,34 +54,114 @@ def train(
     """Train with a recipe; a killed run goes on with --resume, bit for bit.
 
     Example: ortho train quickstart
+
+    Many GPUs: accelerate launch -m ortho_cli train RECIPE
     """
-    from ortho_cli.cli.show import print_json
-    from ortho_cli.recipe.train import load_train
-    from ortho_cli.training.dry_run import describe
-
-    loaded = load_train(recipe, sets or [])
+    if resume and force:
+        raise UsageError("--resume goes on and --force begins anew", hint="leave one of them out")
+    if private and not push_to_hub:
+        raise UsageError("--private is about --push-to-hub, which was not given")
+    if dry_run and push_to_hub:
+        raise UsageError("--dry-run writes nothing that --push-to-hub could upload", hint="leave one of them out")
     if dry_run:
-        facts = describe(loaded)
-        if as_json:
-            print_json({"command": "train", "dry_run": True, **facts})
-        else:
-            from ortho_cli.cli.show import console_out, table
-
-            table(console_out(), None, [(key.replace("_", " "), value) for key, value in facts.items()])
+        _plan(recipe, sets or [], cell, as_json=as_json)
         return
     from ortho_cli.training.cells import run_recipe
+    from ortho_cli.training.live import live_view
+    from ortho_cli.training.processes import is_first
 
     outcomes = run_recipe(
-        recipe, sets or [], resume=resume, force=force, cell=cell, debug_run=debug_run, quiet=quiet or as_json
-    )
-    if as_json:
-        details = [outcome.as_dict() for outcome in outcomes]
-        print_json({"command": "train", "details": details})
+        recipe, sets or [], resume=resume, force=force, cell=cell, debug_run=debug_run,
+        observe=lambda title: live_view(title, hidden=quiet or as_json or not is_first()),
+    )  # fmt: skip
+    if not is_first():
         return
-    if not quiet:
-        from ortho_cli.cli.show import console_out, show_notes, table
+    if push_to_hub:
+        _publish(outcomes, push_to_hub, private)
+    _report(recipe, outcomes, as_json=as_json, quiet=quiet)
 
+
+def _plan(recipe: str, sets: list[str], cell: int | None, *, as_json: bool) -> None:
+    """Say what would be trained."""
+    from ortho_cli.cli.show import console_out, human_bytes, print_json, show_notes, table
+    from ortho_cli.recipe.train import load_train
+    from ortho_cli.training.cells import one_cell
+    from ortho_cli.training.dry_run import describe
+
+    found, own = one_cell(load_train(recipe, sets), cell)
+    plan = describe(own)
+    totals = {"task": own.task.name, "model": own.model.name, "cells": found, **plan["totals"]}
+    if as_json:
+        print_json({
+            "command": "train", "dry_run": True, "inputs": [recipe], "outputs": [],
+            "layers": sum(line["layers"] or 0 for line in plan["details"]), "parameters": totals["trainable"],
+            "details": plan["details"], "totals": totals, "notes": plan["notes"], "seconds": 0.0,
+        })  # fmt: skip
+        return
+    console = console_out()
+    if plan["details"]:
+        rows = [[line["method"], line["pattern"], line["layers"], line["added"]] for line in plan["details"]]
+        table(console, ["method", "pattern", "layers", "parameters added"], rows)
+    shown = {name: human_bytes(value) if name.startswith("memory") else value for name, value in totals.items()}
+    rows = [
+        [name.replace("_", " "), f"{value:,}" if isinstance(value, int) else value] for name, value in shown.items()
+    ]
+    table(console, None, [*rows, ["would write", own.run.dir]])
+    show_notes(console, plan["notes"])
+
+
+def _publish(outcomes: list[Outcome], repo: str, private: bool) -> None:
+    """Upload the run's folder, or the folder of all cells, without what only a resumed run needs."""
+    from ortho_cli.cli.publish import publish
+
+    folder = Path(outcomes[0].folder)
+    publish(
+        folder.parent if len(outcomes) > 1 else folder, repo, private=private, command="ortho train",
+        ignore=["*optimizer.safetensors", "*checkpoints/step-*", "*trackers/*", "*timing.jsonl"],
+    )  # fmt: skip
+
+
+def _report(recipe: str, outcomes: list[Outcome], *, as_json: bool, quiet: bool) -> None:
+    from ortho_cli.cli.show import console_out, print_json, show_notes, table
+
+    if as_json:
+        print_json({
+            "command": "train", "inputs": [recipe],
+            "outputs": [output for outcome in outcomes for output in _outputs(outcome)],
+            "layers": None, "parameters": sum(outcome.trainable for outcome in outcomes),
+            "details": [vars(outcome) for outcome in outcomes],
+            "totals": {"runs": len(outcomes), "steps": sum(outcome.step for outcome in outcomes)},
+            "notes": list(dict.fromkeys(note for outcome in outcomes for note in outcome.notes)),
+            "seconds": sum(outcome.seconds for outcome in outcomes),
+        })  # fmt: skip
+    elif not quiet:
         console = console_out()
         for outcome in outcomes:
-            table(console, None, outcome.rows())
+            table(console, None, _rows(outcome))
             show_notes(console, outcome.notes)
+
+
+def _rows(outcome: Outcome) -> list[tuple[str, Any]]:
+    """An outcome for people."""
+    metrics = [(name, value) for name, value in outcome.metrics.items() if name.startswith(("eval/", "train/"))]
+    return [
+        (outcome.name or "run", outcome.folder),
+        ("steps", f"{outcome.step:,}"),
+        ("parameters", f"{outcome.trainable:,} of {outcome.parameters:,} train"),
+        *((name, "not finite" if value is None else f"{value:.4g}") for name, value in metrics),
+        *([("best", f"{outcome.best:.4g} at step {outcome.best_step:,}")] if outcome.best_step is not None else []),
+        *(("export", path) for path in outcome.exports),
+        ("seconds", f"{outcome.seconds:.1f}"),
+    ]
+
+
+def _outputs(outcome: Outcome) -> list[dict[str, Any]]:
+    """The weights and exports that a run left."""
+    from ortho_cli.training.run_folder import best_or_last
+
+    folder = Path(outcome.folder)
+    kept = best_or_last(folder)
+    files = [kept / "model.safetensors"] if kept is not None else []
+    for export in map(Path, outcome.exports):
+        files += [export] if export.is_file() else sorted(path for path in export.rglob("*") if path.is_file())
+    return [{"path": str(path), "bytes": path.stat().st_size} for path in files]

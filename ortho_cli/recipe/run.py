@@ -78,3 +78,4 @@ class Run(Section):
     ] = Field(default=(), description="Also tell these of the metrics, through accelerate.")
     log_every: Count = Field(default=10, description="Steps between lines in metrics.jsonl.")
     samples_every: Count | None = Field(default=None, description="Epochs between samples, where a task makes any.")
+    samples_every_steps: Count | None = Field(default=None, description="Steps between samples; null: by epochs.")

@@ -35,8 +35,8 @@ __all__ = [
 
 # What a resumed run may do differently without being another run; lengths may only grow.
 MAY_CHANGE = frozenset({
-    "data.path", "data.workers", "run.dir", "run.keep", "run.log_every", "run.save_every", "run.save_every_steps",
-    "run.trackers",
+    "data.path", "data.workers", "run.dir", "run.keep", "run.log_every", "run.samples_every",
+    "run.samples_every_steps", "run.save_every", "run.save_every_steps", "run.trackers",
 })  # fmt: skip
 MAY_GROW = frozenset({"train.epochs", "train.steps"})
 

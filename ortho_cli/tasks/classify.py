@@ -83,6 +83,11 @@ class ClassifyTask(Task):
         )
         return model
 
+    def example(self, batch: int) -> Batch:
+        """Black pictures, all of the first class."""
+        shape = (batch, self.in_channels, self.image_size, self.image_size)
+        return {"image": torch.zeros(shape), "label": torch.zeros(batch, dtype=torch.long)}
+
     def batches(
         self, split: Split, epoch: int, *, batch: int, rank: int = 0, world: int = 1, skip: int = 0, workers: int = 0
     ) -> Iterator[Batch]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -64,8 +65,12 @@ class Task(ABC):
         """The part of the model that a phase trains; here all of it."""
         return model
 
-    def samples(self, model: nn.Module, generator: torch.Generator) -> None:  # noqa: B027 - most tasks make nothing
-        """Write down what the model makes, to look at."""
+    def samples(self, model: nn.Module, generator: torch.Generator, folder: Path) -> None:  # noqa: B027 - few do
+        """Write what the model makes into a folder, to look at; drawn from the generator alone."""
+
+    def example(self, batch: int) -> Batch | None:
+        """A batch of the right shapes without data, also on the meta device; None where only data tells them."""
+        return None
 
     def size(self, split: Split) -> int:
         """Samples in a split."""

@@ -1,7 +1,7 @@
 """Start from existing weights: `model.base` is any checkpoint, or a run of `ortho train`.
 
-Every tensor of the model must be found, in its shape; what is left over in the base is listed. Nothing is loaded
-"as far as possible".
+Every tensor of the model must be found, in its shape; what is left over in the base is said. Nothing is loaded
+"as far as possible". A base that holds Householder adapters brings them along.
 """
 
 from __future__ import annotations
@@ -13,42 +13,53 @@ from torch import nn
 
 from ortho_cli.checkpoints.reading import TensorReader
 from ortho_cli.checkpoints.store import Checkpoint, open_checkpoint
+from ortho_cli.checkpoints.tensors import TensorInfo
 from ortho_cli.errors import CheckpointError
+from ortho_cli.methods.load import hold_reflections
 
-from .state import last_checkpoint
+from .run_folder import RECIPE, best_or_last
 
 __all__ = ["load_base", "open_base"]
 
 
-def open_base(base: str) -> Checkpoint:
-    """The weights a run starts from: a run's best, else newest, state; or any checkpoint argument.
+def open_base(base: str) -> tuple[Checkpoint, dict[str, TensorInfo]]:
+    """The weights a run starts from: of a run the best, else newest, averaged where it averages; or any checkpoint.
 
     Raises:
         CheckpointError: a run without a complete checkpoint, or whatever `open_checkpoint` refuses.
     """
     folder = Path(base).expanduser()
-    if (folder / "recipe.yaml").is_file() and (folder / "checkpoints").is_dir():
-        best = folder / "checkpoints" / "best"
-        found = best if best.is_dir() else last_checkpoint(folder)
-        if found is None:
-            raise CheckpointError(f"run {base} has no complete checkpoint", hint="train it first, or name another base")
-        return open_checkpoint(found / "model.safetensors")
-    return open_checkpoint(base)
+    if not (folder / RECIPE).is_file():
+        checkpoint = open_checkpoint(base)
+        return checkpoint, dict(checkpoint.tensors)
+    found = best_or_last(folder)
+    if found is None:
+        raise CheckpointError(f"run {base} has no complete checkpoint", hint="train it first, or name another base")
+    checkpoint = open_checkpoint(found / "model.safetensors")
+    averaged = found / "ema.safetensors"
+    return checkpoint, {
+        **checkpoint.tensors,
+        **(open_checkpoint(averaged).tensors if averaged.is_file() else {}),
+    }
 
 
-def load_base(model: nn.Module, base: str) -> None:
+def load_base(model: nn.Module, base: str) -> list[str]:
     """Copy every tensor of a model from a base, in place.
+
+    Returns:
+        Names that the base has beyond the model's.
 
     Raises:
         CheckpointError: tensors are missing or of another shape; the message counts and names them.
     """
-    checkpoint = open_base(base)
-    state = model.state_dict()
-    missing = [name for name in state if name not in checkpoint.tensors]
+    checkpoint, tensors = open_base(base)
+    filled = hold_reflections(model, checkpoint)
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in filled}
+    missing = [name for name in state if name not in tensors]
     wrong = [
-        f"{name}: {tuple(tensor.shape)} here, {checkpoint.tensors[name].shape} there"
+        f"{name}: {tuple(tensor.shape)} here, {tensors[name].shape} there"
         for name, tensor in state.items()
-        if name in checkpoint.tensors and tuple(tensor.shape) != checkpoint.tensors[name].shape
+        if name in tensors and tuple(tensor.shape) != tensors[name].shape
     ]
     if missing or wrong:
         first = wrong[0] if wrong else f"{missing[0]} is missing"
@@ -60,4 +71,5 @@ def load_base(model: nn.Module, base: str) -> None:
         )
     with TensorReader() as reader, torch.no_grad():
         for name, tensor in state.items():
-            tensor.copy_(reader.read(checkpoint.tensors[name]))
+            tensor.copy_(reader.read(tensors[name]))
+    return [name for name in tensors if name not in state]

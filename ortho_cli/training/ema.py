@@ -16,6 +16,14 @@ class Average:
 
     Args:
         decay: in ``(0, 1)``; 0.999 remembers about a thousand steps.
+
+    >>> model, average = nn.Linear(1, 1, bias=False), Average(0.75)
+    >>> for value in (0.0, 4.0):
+    ...     _ = nn.init.constant_(model.weight, value)
+    ...     average.update(model)
+    >>> with average.swapped(model):
+    ...     model.weight.item()
+    1.0
     """
 
     def __init__(self, decay: float) -> None:
@@ -25,14 +33,15 @@ class Average:
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Take one step's weights in; parameters seen for the first time, or resized, start at their value."""
-        for name, parameter in model.named_parameters():
-            if not parameter.requires_grad:
-                continue
-            held = self.values.get(name)
-            if held is None or held.shape != parameter.shape:
-                self.values[name] = parameter.detach().float().clone()
-            else:
-                held.lerp_(parameter.detach().float(), 1 - self.decay)
+        weights = {
+            name: parameter.detach().float() for name, parameter in model.named_parameters() if parameter.requires_grad
+        }
+        known = [name for name, weight in weights.items() if _shape(self.values.get(name)) == weight.shape]
+        held = [self.values[name] for name in known]
+        if held:
+            torch._foreach_lerp_(held, [weights[name] for name in known], 1 - self.decay)
+        averaged = dict(zip(known, held, strict=True))
+        self.values = {name: averaged[name] if name in averaged else weights[name].clone() for name in weights}
 
     @contextmanager
     def swapped(self, model: nn.Module) -> Iterator[None]:
@@ -48,3 +57,7 @@ class Average:
             with torch.no_grad():
                 for name, parameter in parameters.items():
                     parameter.copy_(own[name])
+
+
+def _shape(tensor: Tensor | None) -> torch.Size | None:
+    return None if tensor is None else tensor.shape

@@ -1,56 +1,63 @@
-"""What happens around the steps of a run: logs, evaluation, the best state, saving, pruning, putting a state back."""
+"""What happens around the steps of a run: logs, evaluation, samples, the best state, saving, pruning, restoring."""
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from .ema import Average
-from .log import JsonLines
-from .loop import Counters, Hooks, Window
+from ortho_cli.checkpoints.output import atomic
+from ortho_cli.errors import RecipeError
+
+from .log import JsonLines, finite
+from .loop import Counters
+from .processes import agreed, on_main, own_place
 from .session import Session, prepare_training
-from .state import (
-    checkpoint_steps,
-    flatten_optimizer,
-    last_checkpoint,
-    load_tensors,
-    read_state,
-    restore_optimizer,
-    save_state,
-    step_folder,
-)
+from .snapshot import Snapshot, as_held, capture, check_finite, load_model, load_optimizer, without_prefix
+from .state import BEST, checkpoint_steps, load_tensors, read_state, save_state, step_folder
+from .window import Window, check_number
 
 __all__ = ["Keeper", "evaluate_model"]
 
 
 class Keeper:
-    """Saves, prunes, evaluates and remembers the best; the hooks of the loop."""
+    """Logs, evaluates, remembers the best, saves and restores; `after_step` is what the loop calls.
 
-    def __init__(self, session: Session, observer: Any) -> None:
+    Args:
+        session: of the run.
+        observer: gets `total(steps, done)`, `metrics(counters, values)` and `timing(counters, values)`; None: nobody.
+    """
+
+    def __init__(self, session: Session, observer: Any = None) -> None:
         self.session, self.observer = session, observer
-        self.run = session.recipe.run
         self.counters = Counters()
-        self.last_metrics: dict[str, float] = {}
-        self.stop_asked = False
-        self.window = Window(session)
-        decay = session.recipe.train.ema
-        self.ema = Average(decay) if decay is not None else None
+        self.window = Window(session.accelerator)
+        self.last_metrics: dict[str, float | None] = {}
+        self.stop_asked = False  # by a signal, in this process
+        self.stopped = False  # by a signal, agreed
         self._metrics: JsonLines | None = None
         self._timing: JsonLines | None = None
         self._resumed_at: int | None = None
 
-    def hooks(self) -> Hooks:
-        return Hooks(self._on_metrics, self._on_timing, self._on_step_end, self.ema)
+    @property
+    def finished(self) -> bool:
+        """Whether there is nothing left to do: all steps are done, or patience is over."""
+        best = self.session.recipe.run.best
+        waited = best is not None and best.patience is not None and self.counters.since_best >= best.patience
+        return waited or self.counters.step >= self.session.total_steps
 
     @contextmanager
     def open_logs(self) -> Iterator[None]:
-        """The run's log files, open for the main process."""
+        """The run's log files, open for the main process, and the trackers."""
+        if self.observer is not None:
+            self.observer.total(self.session.total_steps, self.counters.step)
         if not self.session.is_main:
             yield
             return
@@ -63,107 +70,130 @@ class Keeper:
             self._metrics.close()
             self._timing.close()
 
-    def _on_metrics(self, counters: Counters, values: dict[str, float]) -> None:
-        self.last_metrics |= values
+    def after_step(self) -> bool:
+        """Do what is due after a step, in every process; True to stop."""
+        counters, recipe, world = self.counters, self.session.recipe, self.session.accelerator.num_processes
+        train, run = recipe.train, recipe.run
+        last = counters.step == self.session.total_steps
+        logs = last or counters.batch == 0 or counters.step % run.log_every == 0
+        evaluates = last or _due(counters, train.eval_every, train.eval_every_steps)
+        samples = _due(counters, run.samples_every, run.samples_every_steps)
+        if world == 1 or logs:  # processes need not be asked to stop at the same step
+            self.stopped = agreed(self.session.accelerator, self.stop_asked)
+        saves = last or self.stopped or _saves(counters, run)
+        if logs:
+            self._report()
+        elif evaluates or samples or saves or counters.step % self.window.check_every == 0:
+            self.window.check()  # nothing that is not finite is judged, shown or kept
+        with self.window.paused():
+            if evaluates:
+                self._evaluate()
+            if samples and self.session.makes_samples:
+                self._sample()
+            if saves or self.finished:
+                self.save()
+        return self.stopped or self.finished
+
+    def _report(self) -> None:
+        """Means since the last report, what the methods say, and the speed."""
+        speed = self.window.steps_per_second()
+        values = self.window.means()
+        for name, method in self.session.named_methods.items():
+            values |= {f"method/{name}/{key}": float(value) for key, value in method.scalars().items()}
+        values["train/lr"] = self.session.learning_rate
+        self._tell(values)
+        timing = {"steps_per_second": speed, "samples_per_second": speed * self.session.recipe.data.batch}
+        if torch.cuda.is_available():
+            timing["peak_gpu_bytes"] = float(torch.cuda.max_memory_allocated())
+        if self._timing is not None:
+            self._timing.write({"step": self.counters.step, "time": time.time(), **timing})
+        if self.observer is not None:
+            self.observer.timing(self.counters, timing)
+
+    def _tell(self, values: dict[str, float]) -> None:
+        """One line of metrics, to the log, the trackers and whoever looks on."""
+        counters = self.counters
+        self.last_metrics |= finite(values)
         where = {"step": counters.step, "epoch": counters.epoch, "samples": counters.samples}
-        line = {**where, **dict(sorted(values.items()))}  # one order, resumed or not
         if self._metrics is not None:
-            self._metrics.write(line)
+            self._metrics.write({**where, **dict(sorted(values.items()))})  # one order, resumed or not
+        self.session.accelerator.log(values, step=counters.step)
         if self.observer is not None:
             self.observer.metrics(counters, values)
 
-    def _on_timing(self, counters: Counters, values: dict[str, float]) -> None:
-        if torch.cuda.is_available():
-            values = {**values, "peak_gpu_bytes": float(torch.cuda.max_memory_allocated())}
-        if self._timing is not None:
-            self._timing.write({"step": counters.step, "time": time.time(), **values})
-        if self.observer is not None:
-            self.observer.timing(counters, values)
-
-    def _on_step_end(self, counters: Counters, epoch_ended: bool) -> bool:
-        train, last = self.session.recipe.train, counters.step == self.session.total_steps
-        by_step = train.eval_every_steps is not None and counters.step % train.eval_every_steps == 0
-        by_epoch = train.eval_every_steps is None and epoch_ended and counters.epoch % train.eval_every == 0
-        stop = False
-        if by_step or by_epoch or last:
-            stop = self._evaluate(counters)
-        due = self.run.save_every_steps is not None and counters.step % self.run.save_every_steps == 0
-        due |= self.run.save_every is not None and epoch_ended and counters.epoch % self.run.save_every == 0
-        if due or last or stop or self.stop_asked:
-            self.save(counters)
-        return stop or self.stop_asked
-
-    def _evaluate(self, counters: Counters) -> bool:
-        """Evaluate, log, keep the best; True when patience is over."""
-        values = {f"eval/{name}": value for name, value in evaluate_model(self.session, self.ema).items()}
-        self._on_metrics(counters, values)
-        best = self.run.best
+    def _evaluate(self) -> None:
+        """Evaluate, log, and keep the state if it is the best so far."""
+        values = {f"eval/{name}": value for name, value in evaluate_model(self.session).items()}
+        self._tell(values)
+        counters, best = self.counters, self.session.recipe.run.best
+        for name, value in values.items():
+            check_number(name, value, counters.step)
         if best is None:
-            return False
-        value = values[best.metric]
-        better = counters.best is None or (value > counters.best if best.mode == "max" else value < counters.best)
-        if better:
+            return
+        if best.metric not in values:
+            raise RecipeError(
+                f"run.best.metric {best.metric} is not evaluated", hint=f"one of {', '.join(sorted(values))}"
+            )
+        value, held = values[best.metric], counters.best
+        if math.isfinite(value) and (held is None or (value > held if best.mode == "max" else value < held)):
             counters.best, counters.best_step, counters.since_best = value, counters.step, 0
-            self.save(counters, name="best")
+            self.save(BEST)
         else:
             counters.since_best += 1
-        return best.patience is not None and counters.since_best >= best.patience
 
-    def save(self, counters: Counters, name: str | None = None) -> None:
-        """Write the state (main process) and drop what `run.keep` no longer wants."""
-        accelerator = self.session.accelerator
-        accelerator.wait_for_everyone()
-        if self.session.is_main:
-            run = self.session.folder
-            folder = run / "checkpoints" / name if name else step_folder(run, counters.step)
-            moments: dict[str, torch.Tensor] = {}
-            numbers: dict[str, Any] = {}
-            for phase, optimizer in self.session.optimizers.items():
-                found, listed = flatten_optimizer(optimizer, self.session.model)
-                moments |= {f"{phase}/{key}": value for key, value in found.items()}
-                numbers[phase] = listed
-            method_tensors = {}
-            method_states = {}
-            for index, method in enumerate(self.session.methods):
-                state = dict(method.state())
-                for key, tensor in state.pop("tensors", {}).items():
-                    method_tensors[f"method/{index}/{key}"] = tensor
-                method_states[str(index)] = {"name": method.name, "state": state}
-            scaler = accelerator.scaler.state_dict() if accelerator.scaler is not None else None
-            state = {
-                "counters": asdict(counters), "optimizers": numbers, "methods": method_states, "scaler": scaler,
-                "step": counters.step, "window": self.window.state(),
-            }  # fmt: skip
-            ema = self.ema.values if self.ema is not None else None
-            save_state(folder, self.session.model.state_dict(), {**moments, **method_tensors}, state, ema)
-            self._prune()
-        accelerator.wait_for_everyone()
-
-    def _prune(self) -> None:
-        if self.run.keep == "all":
-            return
-        for step in checkpoint_steps(self.session.folder)[: -self.run.keep]:
-            shutil.rmtree(step_folder(self.session.folder, step))
-
-    def restore(self) -> None:
-        """Put the last complete state back: methods' shapes, then weights, then optimizers."""
+    def _sample(self) -> None:
+        """Let the task show what the model makes; every process helps, the main one writes."""
         session = self.session
-        folder = last_checkpoint(session.folder)
-        assert folder is not None
-        state = read_state(folder)
-        flat = load_tensors(folder / "optimizer.safetensors")
+        target = session.folder / "samples" / f"step-{self.counters.step:06d}"
+        generator = torch.Generator().manual_seed(session.recipe.train.seed)
+        with own_place(session.accelerator, target) as place, atomic(place) as folder, session.for_judging() as model:
+            folder.mkdir()
+            session.task.samples(model, generator, folder)
+
+    def save(self, name: str | None = None) -> None:
+        """Write the state, and drop those that `run.keep` no longer wants.
+
+        Raises:
+            NumericsError: the state is not finite; nothing is written.
+            OutputError: it cannot be written.
+        """
+        session, counters = self.session, self.counters
+        average = session.average.values if session.average is not None else None
+        snapshot = capture(session.model, session.optimizers, session.methods, average, keep=session.is_main)
+        scaler = session.accelerator.scaler
+        snapshot.state |= {
+            "step": counters.step, "counters": asdict(counters), "window": self.window.state(),
+            "scaler": scaler.state_dict() if scaler is not None else None,
+        }  # fmt: skip
+        on_main(session.accelerator, lambda: self._write(snapshot, name))
+
+    def _write(self, snapshot: Snapshot, name: str | None) -> None:
+        run, step = self.session.folder, self.counters.step
+        check_finite(self.session.model, snapshot, step)
+        for log in (self._metrics, self._timing):
+            if log is not None:
+                log.sync()  # a checkpoint never outlives the lines that led to it
+        save_state(run / "checkpoints" / name if name else step_folder(run, step), snapshot)
+        if self.session.recipe.run.keep != "all":
+            for old in checkpoint_steps(run)[: -self.session.recipe.run.keep]:
+                shutil.rmtree(step_folder(run, old))
+
+    def restore(self, folder: Path) -> None:
+        """Put a saved state back: methods' shapes, then weights, then the optimizers'."""
+        session = self.session
+        state, flat = read_state(folder), load_tensors(folder / "optimizer.safetensors")
         for index, method in enumerate(session.methods):
-            prefix = f"method/{index}/"
-            tensors = {key.removeprefix(prefix): value for key, value in flat.items() if key.startswith(prefix)}
-            method.load_state({**state["methods"][str(index)]["state"], "tensors": tensors})
-        session.model.load_state_dict(load_tensors(folder / "model.safetensors"), strict=True)
+            method.load_state(
+                {**state["methods"][str(index)]["state"], "tensors": without_prefix(flat, f"method/{index}/")}
+            )
+        load_model(session.model, load_tensors(folder / "model.safetensors"))
         prepare_training(session)
         for phase, optimizer in session.optimizers.items():
-            prefix = f"{phase}/"
-            tensors = {key.removeprefix(prefix): value for key, value in flat.items() if key.startswith(prefix)}
-            restore_optimizer(optimizer, session.model, tensors, state["optimizers"][phase])
-        if self.ema is not None:
-            self.ema.values = load_tensors(folder / "ema.safetensors")
+            load_optimizer(optimizer, session.model, without_prefix(flat, f"{phase}/"), state["optimizers"][phase])
+        if session.average is not None:
+            parameters = dict(session.model.named_parameters())
+            averaged = load_tensors(folder / "ema.safetensors")
+            session.average.values = {name: as_held(value, parameters[name]) for name, value in averaged.items()}
         if state["scaler"] is not None and session.accelerator.scaler is not None:
             session.accelerator.scaler.load_state_dict(state["scaler"])
         self.counters = Counters(**state["counters"])
@@ -171,25 +201,28 @@ class Keeper:
         self._resumed_at = self.counters.step
 
 
-def evaluate_model(session: Session, ema: Average | None = None) -> dict[str, float]:
+def _due(counters: Counters, epochs: int | None, steps: int | None) -> bool:
+    """Whether something is due that happens every so many steps, or where none are given every so many epochs."""
+    if steps is not None:
+        return counters.step % steps == 0
+    return epochs is not None and counters.batch == 0 and counters.epoch % epochs == 0
+
+
+def _saves(counters: Counters, run: Any) -> bool:
+    return _due(counters, None, run.save_every_steps) or _due(counters, run.save_every, None)
+
+
+def evaluate_model(session: Session) -> dict[str, float]:
     """The task's metrics on its evaluation split, with averaged weights where there are any."""
-    accelerator, data = session.accelerator, session.recipe.data
-    model = session.wrapped if session.wrapped is not None else session.model
+    accelerator, data, limit = session.accelerator, session.recipe.data, session.recipe.train.limit_batches
     batches = session.task.batches(
         "eval", 0, batch=data.eval_batch or data.batch, rank=accelerator.process_index, world=accelerator.num_processes,
         workers=data.workers,
     )  # fmt: skip
-    limit = session.recipe.train.limit_batches
-    swapped = ema.swapped(session.model) if ema is not None else nullcontext()
-    with swapped, torch.no_grad(), accelerator.autocast():
-        model.eval()
+    with session.for_judging() as model:
         found = session.task.evaluate(
             model,
-            (_to(batch, accelerator.device) for index, batch in enumerate(batches) if limit is None or index < limit),
+            (session.on_device(batch) for index, batch in enumerate(batches) if limit is None or index < limit),
             reduce=lambda tensor: accelerator.reduce(tensor, "sum"),
         )
     return {name: float(value) for name, value in found.items()}
-
-
-def _to(batch: dict[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
-    return {name: value.to(device) for name, value in batch.items()}

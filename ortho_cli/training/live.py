@@ -7,46 +7,69 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["LiveView", "observer"]
+__all__ = ["LiveView", "live_view"]
 
 
 class LiveView:
-    """One progress line that follows the loop's reports."""
+    """A progress bar, and below it the latest numbers, that follow the loop's reports."""
 
-    def __init__(self, progress: Any, title: str) -> None:
-        self._progress = progress
-        self._task = progress.add_task(title, total=None, facts="")
-        self._facts: dict[str, str] = {}
+    def __init__(self, progress: Any, title: str, live: Any) -> None:
+        self._progress, self._live = progress, live
+        self._task = progress.add_task(title, total=None, speed="")
+        self._facts: dict[str, float] = {}
+
+    def total(self, steps: int, done: int) -> None:
+        """The number of steps, and how many an earlier run did."""
+        self._progress.update(self._task, total=steps, completed=done)
 
     def metrics(self, counters: Any, values: dict[str, float]) -> None:
         """Show new numbers."""
-        for name, value in values.items():
-            if name in ("train/loss", "train/lr") or name.startswith(("eval/", "method/")):
-                self._facts[name.partition("/")[2]] = f"{value:.4g}"
-        facts = "  ".join(f"{name} {value}" for name, value in list(self._facts.items())[:6])
-        self._progress.update(self._task, completed=counters.step, facts=facts)
+        self._facts |= values
+        self._progress.update(self._task, completed=counters.step)
+        self._live.update(self._picture())
 
     def timing(self, counters: Any, values: dict[str, float]) -> None:
         """Show the speed."""
-        self._facts["steps/s"] = f"{values['steps_per_second']:.1f}"
+        self._progress.update(self._task, speed=f"{values['steps_per_second']:.3g} steps/s")
 
-    def total(self, steps: int) -> None:
-        """The number of steps, once it is known."""
-        self._progress.update(self._task, total=steps)
+    def _picture(self) -> Any:
+        """The bar, and a line for each kind of number: train, eval, every method."""
+        from rich.console import Group
+        from rich.table import Table
+        from rich.text import Text
+
+        lines: dict[str, list[str]] = {}
+        for name, value in self._facts.items():
+            kind, _, rest = name.removeprefix("method/").partition("/")
+            lines.setdefault(kind, []).append(f"{rest.replace('_', ' ')} {value:.4g}")
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(style="dim", no_wrap=True)
+        for kind, facts in lines.items():
+            grid.add_row(kind, Text("   ".join(facts)))
+        return Group(self._progress, grid)
 
 
 @contextmanager
-def observer(recipe: Any, *, quiet: bool = False, title: str = "train") -> Iterator[LiveView | None]:
-    """A live view while the block runs, where somebody can see it."""
-    if quiet or not sys.stderr.isatty():
+def live_view(title: str, *, hidden: bool = False) -> Iterator[LiveView | None]:
+    """A live view while the block runs; None where nobody would see it."""
+    if hidden or not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.live import Live
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = (
-        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-        TextColumn("{task.fields[facts]}", markup=False),
+    progress = Progress(
+        TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
+        TextColumn("{task.fields[speed]}", markup=False), TimeElapsedColumn(), TextColumn("left"),
+        TimeRemainingColumn(), console=Console(stderr=True),
     )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        yield LiveView(progress, title)
+    with Live(progress, console=progress.console, transient=True) as live:
+        yield LiveView(progress, title, live)

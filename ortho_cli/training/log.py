@@ -6,6 +6,7 @@ One JSON object a line, flushed as written. On resume both are cut back to the s
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import IO, Any
 
 from ortho_cli.errors import CheckpointError
 
-__all__ = ["JsonLines", "read_lines"]
+__all__ = ["JsonLines", "finite", "read_lines"]
 
 
 class JsonLines:
@@ -31,16 +32,31 @@ class JsonLines:
         self._file: IO[str] = open(path, "a", encoding="utf-8")  # noqa: SIM115 - closed by close()
 
     def write(self, values: Mapping[str, Any]) -> None:
-        """Append one object; floats are written so that they read back bit for bit."""
-        self._file.write(json.dumps(dict(values)) + "\n")
+        """Append one object; floats read back bit for bit, and those that JSON lacks (inf, nan) are null."""
+        self._file.write(json.dumps(finite(values), allow_nan=False) + "\n")
         self._file.flush()
+
+    def sync(self) -> None:
+        """Bring what was written to the disk."""
+        self._file.flush()
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
         """Flush to disk and close."""
         if not self._file.closed:
-            self._file.flush()
-            os.fsync(self._file.fileno())
+            self.sync()
             self._file.close()
+
+
+def finite(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Values with None for numbers that are not finite.
+
+    >>> finite({"loss": 0.5, "condition": float("inf")})
+    {'loss': 0.5, 'condition': None}
+    """
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()
+    }
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:

@@ -12,12 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["NAG", "UncorrectedAdam", "build_optimizer", "parameter_groups"]
+from ortho_cli.methods.adapter_layer import whole
+
+__all__ = [
+    "NAG", "UncorrectedAdam", "build_optimizer", "clip_gradients", "keep_moments", "parameter_groups",
+    "set_learning_rate",
+]  # fmt: skip
 
 NORMS = (
     nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm, nn.LocalResponseNorm,
 )  # fmt: skip
-MATRIX = 2  # muon orthogonalises matrices; everything else in its model goes to AdamW
+MATRIX = 2  # axes; muon orthogonalises matrices and leaves the rest to AdamW, and what has fewer is not decayed
 
 
 def parameter_groups(
@@ -28,12 +33,15 @@ def parameter_groups(
     Args:
         model: parameters with ``requires_grad`` count, each once.
         weight_decay: of the decayed group.
-        decay_norms: also decay biases and the parameters of norms; they are told by their module, not by their name.
-        claimed: groups from `Method.param_groups`; their keys win over the optimizer's.
+        decay_norms: also decay norms, biases and other vectors; norms are told by their module, not by their name.
+        claimed: groups from `Method.param_groups`, of which the model's parameters count; their keys win over the
+            optimizer's.
 
     Returns:
         Groups in a fixed order, empty ones left out.
     """
+    own = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    claimed = [{**group, "params": [each for each in group["params"] if id(each) in own]} for group in claimed]
     taken = {id(parameter) for group in claimed for parameter in group["params"]}
     plain: list[nn.Parameter] = []
     bare: list[nn.Parameter] = []
@@ -42,7 +50,7 @@ def parameter_groups(
             if not parameter.requires_grad or id(parameter) in taken:
                 continue
             taken.add(id(parameter))
-            undecayed = not decay_norms and (isinstance(module, NORMS) or name == "bias")
+            undecayed = not decay_norms and (isinstance(module, NORMS) or name == "bias" or parameter.dim() < MATRIX)
             (bare if undecayed else plain).append(parameter)
     groups = [
         {"params": plain, "weight_decay": weight_decay},
@@ -54,6 +62,34 @@ def parameter_groups(
 
 def build_optimizer(config: Any, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """The optimizer that a recipe's `optimizer` section names, over `parameter_groups`."""
+    optimizer = _optimizer(config, groups)
+    for group in optimizer.param_groups:
+        group["base_lr"] = group["lr"]
+    return optimizer
+
+
+def set_learning_rate(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """Set each group's learning rate to `factor` times the one it was made with."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["base_lr"] * factor
+
+
+@torch.no_grad()
+def clip_gradients(optimizer: torch.optim.Optimizer, limit: float) -> Tensor:
+    """Scale all gradients of an optimizer down together where their norm is above `limit`; gives the norm before."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    return whole(torch.nn.utils.clip_grad_norm_(parameters, limit))
+
+
+def keep_moments(old: torch.optim.Optimizer, new: torch.optim.Optimizer) -> None:
+    """Hand what an optimizer knows of its parameters to the one that follows it."""
+    for group in new.param_groups:
+        for parameter in group["params"]:
+            if parameter in old.state:
+                new.state[parameter] = old.state[parameter]
+
+
+def _optimizer(config: Any, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     lr = config.lr
     if config.name == "sgd":
         return torch.optim.SGD(groups, lr=lr, momentum=config.momentum)
@@ -73,7 +109,7 @@ class NAG(torch.optim.Optimizer):
     """Nesterov's accelerated gradient in fairseq's form, which rescales momentum when the learning rate changes."""
 
     def __init__(self, params: Any, lr: float, momentum: float = 0.9, weight_decay: float = 0.0) -> None:
-        super().__init__(params, {"lr": lr, "lr_old": lr, "momentum": momentum, "weight_decay": weight_decay})
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -81,20 +117,20 @@ class NAG(torch.optim.Optimizer):
         loss = closure() if closure is not None else None
         for group in self.param_groups:
             lr, momentum, decay = group["lr"], group["momentum"], group["weight_decay"]
-            correction = lr / group["lr_old"] if group["lr_old"] > 0 else lr
             for parameter in group["params"]:
                 if parameter.grad is None:
                     continue
                 state = self.state[parameter]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(parameter)
+                if not state:
+                    state["momentum_buffer"], state["lr"] = torch.zeros_like(parameter), lr
                 buffer: Tensor = state["momentum_buffer"]
+                correction = lr / state["lr"] if state["lr"] > 0 else lr
                 if decay:
                     parameter.mul_(1 - lr * decay)
                 parameter.add_(buffer, alpha=momentum * momentum * correction)
                 parameter.add_(parameter.grad, alpha=-(1 + momentum) * lr)
                 buffer.mul_(momentum * correction).add_(parameter.grad, alpha=-lr)
-            group["lr_old"] = lr
+                state["lr"] = lr
         return loss
 
 

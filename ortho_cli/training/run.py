@@ -1,30 +1,34 @@
 """A run from recipe to report: the folder, saving and resuming, evaluation, the best checkpoint, the clean stop.
 
-`train` is what `ortho train` calls; the arithmetic is in `loop.py`, the parts in `session.py`.
+`train` is what `ortho train` calls; the arithmetic is in `loop.py`, the parts in `session.py`, what happens between
+steps in `keeper.py`.
 """
 
 from __future__ import annotations
 
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ortho_cli.checkpoints.output import existing_parent
-from ortho_cli.errors import NumericsError, OrthoError, OutputError
-from ortho_cli.recipe.train import difference, load_train, may_change, resolved_yaml
+from ortho_cli.errors import NumericsError, OrthoError
 
-from .keeper import Keeper, evaluate_model
+from .debug_run import overfit_verdict, profiled
+from .keeper import Keeper
 from .loop import fit
+from .processes import on_main, open_accelerator, own_place
+from .run_folder import OUTCOME, begin, best_or_last, check_folder, write_json
 from .session import Session, open_session, prepare_training
 from .state import last_checkpoint
+from .trackers import tracked
 
-__all__ = ["Interrupted", "Outcome", "evaluate_model", "train"]
+__all__ = ["Interrupted", "Outcome", "train"]
 
 
 class Interrupted(OrthoError):
@@ -35,27 +39,33 @@ class Interrupted(OrthoError):
 
 @dataclass
 class Outcome:
-    """What a run ended with."""
+    """What a run ended with: a run's `outcome.json`."""
 
-    folder: Path
+    name: str
+    folder: str
     step: int
-    metrics: dict[str, float]
+    metrics: dict[str, float | None]
     parameters: int
     trainable: int
     seconds: float
     best: float | None = None
+    best_step: int | None = None
     exports: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
 
-def train(recipe: Any, *, resume: bool = False, force: bool = False, observer: Any = None) -> Outcome:
+def train(
+    recipe: Any, *, resume: bool = False, force: bool = False, observer: Any = None, name: str = "", debug: str = ""
+) -> Outcome:
     """Carry out a training recipe.
 
     Args:
         recipe: a resolved `TrainRecipe`.
         resume: go on from the last complete checkpoint of the run's folder.
         force: begin anew in a folder that exists; what the earlier run left there is removed.
-        observer: gets `metrics(counters, values)` and `timing(counters, values)`, e.g. the live view.
+        observer: looks on, as `Keeper` calls it; e.g. the live view.
+        name: of the cell, in a matrix.
+        debug: `overfit` repeats the first epoch's batches, `profile` leaves a trace in the folder.
 
     Returns:
         The outcome; the run's folder holds recipe, metrics, checkpoints and exports.
@@ -67,64 +77,50 @@ def train(recipe: Any, *, resume: bool = False, force: bool = False, observer: A
     """
     started = time.perf_counter()
     folder = Path(recipe.run.dir)
-    _claim(folder, recipe, resume=resume, force=force)
-    session = open_session(recipe)
+    accelerator = open_accelerator(recipe)
+    on_main(accelerator, lambda: check_folder(folder, recipe, resume=resume, force=force))
+    session = open_session(recipe, accelerator)
+    session.repeats_first_epoch = debug == "overfit"
     keeper = Keeper(session, observer)
-    if resume:
-        keeper.restore()
+    saved = last_checkpoint(folder) if resume else None
+    if saved is not None:
+        keeper.restore(saved)
     else:
         prepare_training(session)
-    if session.is_main:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "recipe.yaml").write_text(resolved_yaml(recipe), "utf-8")
-    session.accelerator.wait_for_everyone()
-    with keeper.open_logs(), _stop_signals(keeper):
+        session.notes += ["no checkpoint was saved yet: began at step 0"] if resume else []
+    on_main(accelerator, lambda: begin(folder, recipe, anew=saved is None))
+    profile = profiled(session, keeper.after_step) if debug == "profile" else nullcontext(keeper.after_step)
+    with tracked(session), keeper.open_logs(), _stop_signals(keeper), profile as after_step:
         try:
-            if keeper.counters.step < session.total_steps:
-                fit(session, keeper.counters, keeper.hooks(), keeper.window)
+            if not keeper.finished:
+                fit(session, keeper.counters, keeper.window, after_step)
         except NumericsError as error:
-            last = last_checkpoint(folder)
-            kept = f"last good checkpoint: {last}" if last else "no checkpoint was saved before it"
-            raise NumericsError(f"{error.message}; {kept}", hint=error.hint, where=str(folder)) from error
-    if keeper.stop_asked and keeper.counters.step < session.total_steps:
+            raise _with_advice(error, session, folder) from error
+    if keeper.stopped and not keeper.finished:
         raise Interrupted(
             f"stopped at step {keeper.counters.step} of {session.total_steps}; the state is saved",
             hint="go on with: ortho train RECIPE --resume",
         )
     exports = _export(session, folder)
-    total = sum(parameter.numel() for parameter in session.model.parameters())
-    trainable = sum(parameter.numel() for parameter in session.model.parameters() if parameter.requires_grad)
-    seconds = time.perf_counter() - started
-    return Outcome(
-        folder, keeper.counters.step, keeper.last_metrics, total, trainable, seconds, keeper.counters.best, exports,
-        session.notes,
+    if debug == "overfit":
+        session.notes.append(overfit_verdict(folder))
+    counters, parameters = keeper.counters, list(session.model.parameters())
+    outcome = Outcome(
+        name, str(folder), counters.step, keeper.last_metrics, sum(each.numel() for each in parameters),
+        sum(each.numel() for each in parameters if each.requires_grad), time.perf_counter() - started, counters.best,
+        counters.best_step, exports, session.notes,
     )  # fmt: skip
+    on_main(accelerator, lambda: write_json(folder / OUTCOME, asdict(outcome)))
+    return outcome
 
 
-def _claim(folder: Path, recipe: Any, *, resume: bool, force: bool) -> None:
-    """Refuse a folder that holds something, unless told what to do with it."""
-    existing_parent(folder)
-    if resume:
-        if last_checkpoint(folder) is None:
-            raise OutputError(f"{folder} holds no complete checkpoint to resume", hint="start it without --resume")
-        everything = difference(load_train(str(folder / "recipe.yaml")), recipe)
-        changed = [change for change in everything if not may_change(*change)]
-        if changed:
-            listed = "; ".join(f"{key}: was {old}, now {new}" for key, old, new in changed)
-            raise OutputError(
-                f"the recipe changed since {folder} was started: {listed}",
-                hint="resume with the same recipe, or start another run with --set run.dir=OTHER",
-            )
-        return
-    if folder.exists() and any(folder.iterdir()):
-        if not force:
-            raise OutputError(
-                f"run folder exists: {folder}",
-                hint="go on with --resume, begin anew with --force, or --set run.dir=OTHER",
-            )
-        for name in ("checkpoints", "metrics.jsonl", "timing.jsonl", "recipe.yaml", "report.html", "export"):
-            path = folder / name
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+def _with_advice(error: NumericsError, session: Session, folder: Path) -> NumericsError:
+    good = last_checkpoint(folder) or best_or_last(folder)
+    kept = f"last good checkpoint: {good}" if good else "no checkpoint was saved before it"
+    return NumericsError(
+        f"{error.message} (learning rate {session.learning_rate:.3g}); {kept}",
+        hint=error.hint or "lower optimizer.lr, add schedule.warmup or train.clip",
+    )
 
 
 @contextmanager
@@ -136,6 +132,9 @@ def _stop_signals(keeper: Keeper) -> Iterator[None]:
             raise KeyboardInterrupt
         keeper.stop_asked = True
 
+    if threading.current_thread() is not threading.main_thread():  # only there may signals be handled
+        yield
+        return
     before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
         yield
@@ -145,15 +144,16 @@ def _stop_signals(keeper: Keeper) -> Iterator[None]:
 
 
 def _export(session: Session, folder: Path) -> list[str]:
-    """What the methods leave behind, each in its own folder below `export/`."""
-    if not session.is_main:
-        return []
-    written = []
-    for method in session.methods:
-        target = folder / "export" / method.name
-        if target.exists():
-            shutil.rmtree(target)
-        method.export(session.model, target)
-        if target.exists():
-            written.append(str(target))
+    """What the methods leave behind, as it was judged: with averaged weights where there are any."""
+    written: list[str] = []
+    if session.is_main or session.is_sharded:
+        with session.for_judging():
+            for name, method in session.named_methods.items():
+                with own_place(session.accelerator, folder / "export" / name) as target:
+                    if target.exists():
+                        shutil.rmtree(target)
+                    method.export(session.model, target)
+                    if target.exists():
+                        written.append(str(target))
+    session.accelerator.wait_for_everyone()
     return written

@@ -8,13 +8,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
-__all__ = ["constant", "cosine", "inverse_sqrt", "linear", "multistep", "one_cycle", "with_warmup"]
+__all__ = [
+    "Schedule", "build_schedule", "constant", "cosine", "inverse_sqrt", "linear", "multistep", "one_cycle",
+    "with_warmup",
+]  # fmt: skip
 
 Schedule = Callable[[int], float]
 ONE_CYCLE_RISE = 0.3  # share of the run spent rising (Smith & Topin, arXiv 1708.07120, as fastai uses it)
 ONE_CYCLE_START = 1 / 25
 ONE_CYCLE_END = 1e-4 / 25
+
+
+def build_schedule(config: Any, total: int, steps_per_epoch: int) -> Schedule:
+    """The schedule of a recipe's `schedule` section; its epochs become steps."""
+    warmup = config.warmup or round((config.warmup_ratio or 0.0) * total)
+    made = {
+        "constant": lambda: constant(),
+        "linear": lambda: linear(total, warmup),
+        "cosine": lambda: cosine(total, warmup, config.floor),
+        "multistep": lambda: multistep([mark * steps_per_epoch for mark in config.at], config.factor),
+        "inverse-sqrt": lambda: inverse_sqrt(warmup),
+        "one-cycle": lambda: one_cycle(total),
+    }[config.name]()
+    return with_warmup(made, warmup)
 
 
 def with_warmup(schedule: Schedule, warmup: int) -> Schedule:

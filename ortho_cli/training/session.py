@@ -6,25 +6,30 @@ the shapes they made, then weights are loaded, then the optimizer's moments.
 
 from __future__ import annotations
 
-import os
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from ortho_cli import registry
 from ortho_cli.errors import UsageError
 from ortho_cli.methods.method import Context, Method
+from ortho_cli.tasks.task import Task
 
-from . import schedule as schedules
-from .optimizers import build_optimizer, parameter_groups
+from .base import load_base
+from .ema import Average
+from .optimizers import build_optimizer, keep_moments, parameter_groups
+from .processes import open_accelerator
+from .recompute import recompute_activations
+from .schedule import Schedule, build_schedule
 
-__all__ = ["Session", "build_model", "build_schedule", "open_session", "prepare_training"]
-
-PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+__all__ = ["Session", "build_model", "open_session", "prepare_training"]
 
 
 @dataclass
@@ -33,15 +38,26 @@ class Session:
 
     recipe: Any
     accelerator: Accelerator
-    task: Any
+    task: Task
     model: nn.Module
     methods: list[Method]
     steps_per_epoch: int
     total_steps: int
-    schedule: schedules.Schedule
+    schedule: Schedule
+    average: Average | None = None
     wrapped: nn.Module | None = None
     optimizers: dict[str, torch.optim.Optimizer] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    repeats_first_epoch: bool = False
+    """Whether every epoch has the first one's batches, to see if they can be learnt by heart."""
+
+    def __post_init__(self) -> None:
+        counted: Counter[str] = Counter()
+        self.named_methods: dict[str, Method] = {}
+        for method in self.methods:
+            counted[method.name] += 1
+            suffix = f"-{counted[method.name]}" if counted[method.name] > 1 else ""
+            self.named_methods[method.name + suffix] = method
 
     @property
     def folder(self) -> Path:
@@ -53,97 +69,112 @@ class Session:
         """Whether this process writes files."""
         return bool(self.accelerator.is_main_process)
 
+    @property
+    def learning_rate(self) -> float:
+        """Of the first phase's first group."""
+        return float(next(iter(self.optimizers.values())).param_groups[0]["lr"])
 
-def open_session(recipe: Any) -> Session:
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds a part of each weight, so that all must help to read one."""
+        return any(hasattr(parameter, "full_tensor") for parameter in self.model.parameters())
+
+    @property
+    def makes_samples(self) -> bool:
+        """Whether the task has something to show."""
+        return type(self.task).samples is not Task.samples
+
+    @contextmanager
+    def for_judging(self) -> Iterator[nn.Module]:
+        """The model as it is judged: averaged weights where there are any, no dropout, no graph."""
+        model = self.wrapped if self.wrapped is not None else self.model
+        swapped = self.average.swapped(self.model) if self.average is not None else nullcontext()
+        model.eval()
+        with swapped, torch.no_grad(), self.accelerator.autocast():
+            yield model
+        model.train()
+
+    def on_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A batch where the model is."""
+        device = self.accelerator.device
+        if device.type == "cpu":
+            return batch
+        return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
+
+
+def open_session(recipe: Any, accelerator: Accelerator | None = None) -> Session:
     """Build task, model and methods of a recipe; no optimizer yet (see `prepare_training`).
 
     Raises:
-        UsageError: several processes were started that do not know of each other.
-        OrthoError: what the data, the base or a method's targets may raise.
+        OrthoError: what `open_accelerator`, the data, the base or a method's targets may raise.
     """
-    accelerator = Accelerator(mixed_precision=PRECISION[recipe.train.precision], cpu=_wants_cpu())
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and accelerator.num_processes == 1:
-        raise UsageError(
-            f"{os.environ['WORLD_SIZE']} processes were started, but each would train alone",
-            hint="start them with: accelerate launch -m ortho_cli train RECIPE; on CPUs set ACCELERATE_USE_CPU=true",
-        )
+    accelerator = accelerator or open_accelerator(recipe)
     if recipe.train.threads is not None:
         torch.set_num_threads(recipe.train.threads)
     torch.manual_seed(recipe.train.seed)
     task = registry.resolve("tasks", recipe.task.name)(recipe.task, recipe.data, seed=recipe.train.seed)
-    model = build_model(recipe, task)
-    steps_per_epoch = task.steps_per_epoch
-    if recipe.train.limit_batches is not None:
-        steps_per_epoch = min(steps_per_epoch, recipe.train.limit_batches)
+    model, left_over = build_model(recipe, task)
+    steps_per_epoch = min(task.steps_per_epoch, recipe.train.limit_batches or task.steps_per_epoch)
     total = recipe.train.steps or recipe.train.epochs * steps_per_epoch
     methods = [registry.resolve("methods", config.name)(config) for config in recipe.methods]
     context = Context(recipe.train.seed, total, recipe.task.name, recipe.model.base)
     for method in methods:
         method.prepare(model, context)
     schedule = build_schedule(recipe.schedule, total, steps_per_epoch)
-    session = Session(recipe, accelerator, task, model, methods, steps_per_epoch, total, schedule)
+    average = Average(recipe.train.ema) if recipe.train.ema is not None else None
+    session = Session(recipe, accelerator, task, model, methods, steps_per_epoch, total, schedule, average)
     session.notes += [f"{method.name}: {note}" for method in methods for note in getattr(method, "notes", ())]
+    if left_over:
+        session.notes.append(f"model.base: {len(left_over)} of its tensors are not used, first {left_over[0]}")
+    if (recipe.run.samples_every or recipe.run.samples_every_steps) and not session.makes_samples:
+        session.notes.append(f"run.samples_every: task {recipe.task.name} has no samples to show")
     return session
 
 
-def build_model(recipe: Any, task: Any) -> nn.Module:
-    """The recipe's model, with the weights of `model.base` where it names one."""
-    model: nn.Module = task.build_model(recipe.model)
-    if recipe.model.base is not None and recipe.model.name not in ("hf-image",):
-        from .base import load_base
+def build_model(recipe: Any, task: Any) -> tuple[nn.Module, list[str]]:
+    """The recipe's model with the weights of `model.base` where it names one, and what that base has beyond them.
 
-        load_base(model, recipe.model.base)
+    Raises:
+        CheckpointError: the base does not fit.
+        UsageError: gradient checkpointing of a model that cannot have it.
+    """
+    model: nn.Module = task.build_model(recipe.model)
+    left_over: list[str] = []
+    if recipe.model.base is not None and recipe.model.name != "hf-image":  # which is its base, and loads it itself
+        left_over = load_base(model, recipe.model.base)
     if recipe.train.checkpoint_gradients:
-        enable = getattr(model, "gradient_checkpointing_enable", None)
-        if enable is None:
-            raise UsageError(f"model {recipe.model.name} has no gradient checkpointing", hint="leave it out of train:")
-        enable()
-    return model
+        recompute_activations(model)
+    return model, left_over
 
 
 def prepare_training(session: Session) -> None:
     """Make the optimizers and wrap the model; again after a method changed parameters.
 
-    The old wrapper is dropped first, so that its buckets are freed.
+    The old wrapper is dropped first, so that its buckets are freed; moments of parameters that stayed are kept.
+
+    Raises:
+        UsageError: nothing trains.
     """
     recipe, model, accelerator = session.recipe, session.model, session.accelerator
+    before = dict(session.optimizers)
+    if session.wrapped is not None:
+        accelerator.unwrap_model(session.wrapped, keep_fp32_wrapper=False)
     session.wrapped = None
     accelerator.free_memory()
     model.to(accelerator.device)
     claimed = [group for method in session.methods for group in method.param_groups(model)]
-    config = recipe.optimizer
+    optimizers = []
     for phase in session.task.phases:
-        groups = parameter_groups(
-            session.task.phase_module(model, phase),
-            config.weight_decay,
-            decay_norms=config.decay_norms,
-            claimed=claimed,
-        )
+        module = session.task.phase_module(model, phase)
+        decay, decay_norms = recipe.optimizer.weight_decay, recipe.optimizer.decay_norms
+        groups = parameter_groups(module, decay, decay_norms=decay_norms, claimed=claimed)
         if not groups:
             raise UsageError(
                 "nothing trains: every parameter is frozen", hint="add a method, or remove what freezes it"
             )
-        optimizer = build_optimizer(config, groups)
-        for group in optimizer.param_groups:
-            group.setdefault("base_lr", group["lr"])
-        session.optimizers[phase] = accelerator.prepare_optimizer(optimizer)
+        optimizers.append(build_optimizer(recipe.optimizer, groups))
     compiled = torch.compile(model) if recipe.train.compile else model
-    session.wrapped = accelerator.prepare_model(compiled)
-
-
-def build_schedule(config: Any, total: int, steps_per_epoch: int) -> schedules.Schedule:
-    """The schedule of a recipe as a function of the step."""
-    warmup = config.warmup or round((config.warmup_ratio or 0.0) * total)
-    made = {
-        "constant": lambda: schedules.constant(),
-        "linear": lambda: schedules.linear(total, warmup),
-        "cosine": lambda: schedules.cosine(total, warmup, config.floor),
-        "multistep": lambda: schedules.multistep([mark * steps_per_epoch for mark in config.at], config.factor),
-        "inverse-sqrt": lambda: schedules.inverse_sqrt(warmup),
-        "one-cycle": lambda: schedules.one_cycle(total),
-    }[config.name]()
-    return schedules.with_warmup(made, warmup)
-
-
-def _wants_cpu() -> bool:
-    return os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
+    session.wrapped, *prepared = accelerator.prepare(compiled, *optimizers)
+    session.optimizers = dict(zip(session.task.phases, prepared, strict=True))
+    for phase, old in before.items():
+        keep_moments(old, session.optimizers[phase])

@@ -65,7 +65,7 @@ TRAIN = {
 }  # fmt: skip
 RUN = {
     "dir": "runs/x", "save_every": None, "save_every_steps": None, "keep": 2, "best": None, "trackers": [],
-    "log_every": 10, "samples_every": None,
+    "log_every": 10, "samples_every": None, "samples_every_steps": None,
 }  # fmt: skip
 REQUIRED = {"hf-image": "base: org/name", "peft": "config: {peft_type: OFT}", "multistep": "at: [1]"}
 

@@ -1,4 +1,4 @@
-"""Runs: a killed and resumed one equals an uninterrupted one bit for bit; folders, NaN, stop signals."""
+"""Runs: their folder, what they keep and leave, losses that are not finite, signals that stop them."""
 
 from __future__ import annotations
 
@@ -11,119 +11,166 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from training_runs import lines_of, ortho, write
 
-from ortho_cli.errors import NumericsError, OutputError
+from ortho_cli.errors import NumericsError, OutputError, RecipeError, TargetError, UsageError
 from ortho_cli.recipe.train import load_train
 from ortho_cli.training.run import train
-from ortho_cli.training.state import checkpoint_steps, last_checkpoint
+from ortho_cli.training.state import checkpoint_steps, load_tensors
 
-RECIPE = """
-version: 1
-task: {{name: classify}}
-model: {{name: mlp, hidden: [32]}}
-data: {{name: digits, batch: 64, augment: [crop]}}
-methods: [{{name: gor, targets: linear, groups: 4, penalty: 1.0e-2}}]
-optimizer: {{name: {optimizer}, lr: 1e-3}}
-schedule: {{name: cosine, warmup: 5}}
-train: {{epochs: 3, seed: 0, ema: 0.9, accumulate: 2, clip: 1.0, threads: 1}}
-run: {{dir: {folder}, save_every_steps: 7, keep: all, log_every: 5}}
-"""
-
-
-def write(folder: Path, name: str, optimizer: str = "adamw", **changes: str) -> Path:
-    path = folder / f"{name}.yaml"
-    text = RECIPE.format(folder=folder / name, optimizer=optimizer)
-    for old, new in changes.items():
-        text = text.replace(old, new)
-    path.write_text(text)
-    return path
-
-
-def assert_same_runs(first: Path, second: Path) -> None:
-    assert (first / "metrics.jsonl").read_bytes() == (second / "metrics.jsonl").read_bytes()
-    a, b = last_checkpoint(first), last_checkpoint(second)
-    assert a is not None and b is not None and a.name == b.name
-    for name in ("model.safetensors", "optimizer.safetensors", "ema.safetensors", "state.json"):
-        assert (a / name).read_bytes() == (b / name).read_bytes(), name
-
-
-@pytest.mark.parametrize("optimizer", ["adamw", "sgd", "nag", "adam", "muon"])
-def test_a_run_killed_at_any_moment_resumes_bit_for_bit(optimizer: str, tmp_path: Path) -> None:
-    whole = write(tmp_path, "whole", optimizer)
-    train(load_train(str(whole)))
-    broken = write(tmp_path, "broken", optimizer)
-    steps = {"adamw": (5, 9, 40), "sgd": (23,), "nag": (8,), "adam": (30,), "muon": (14,)}[optimizer]
-    for stop in steps:
-        _die_at(broken, stop)
-    train(load_train(str(broken)), resume=last_checkpoint(tmp_path / "broken") is not None, force=True)
-    assert_same_runs(tmp_path / "whole", tmp_path / "broken")
-
-
-def _die_at(recipe: Path, step: int) -> None:
-    """Train in another process that kills itself, without warning, after a step."""
-    script = (
-        "import os, signal, sys\n"
-        "from ortho_cli.recipe.train import load_train\n"
-        "from ortho_cli.training import loop\n"
-        "from ortho_cli.training.run import train\n"
-        "from ortho_cli.training.state import last_checkpoint\n"
-        "plain, stop = loop._step, int(sys.argv[2])\n"
-        "def step(session, counters, *rest):\n"
-        "    if counters.step == stop: os.kill(os.getpid(), signal.SIGKILL)\n"
-        "    plain(session, counters, *rest)\n"
-        "loop._step = step\n"
-        "recipe = load_train(sys.argv[1])\n"
-        "from pathlib import Path\n"
-        "resume = last_checkpoint(Path(recipe.run.dir)) is not None\n"
-        "train(recipe, resume=resume, force=not resume)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", script, str(recipe), str(step)], capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+EXPLODES = {
+    "optimizer": "{name: sgd, lr: 1e30}", "schedule": "{name: constant}", "methods": "[]",
+    "train": "{epochs: 1, eval_every_steps: 1}",
+}  # fmt: skip
 
 
 def test_a_folder_is_not_used_twice_unasked(tmp_path: Path) -> None:
-    recipe = load_train(str(write(tmp_path, "run")), ["train.epochs=1"])
+    recipe = load_train(write(tmp_path, "run"), ["train.epochs=1"])
     train(recipe)
     with pytest.raises(OutputError, match="run folder exists") as caught:
         train(recipe)
     assert "--resume" in str(caught.value.hint)
-    changed = load_train(str(tmp_path / "run.yaml"), ["train.epochs=1", "optimizer.lr=1.0"])
-    with pytest.raises(OutputError, match=r"optimizer\.lr"):
-        train(changed, resume=True)
-    with pytest.raises(OutputError, match="no complete checkpoint"):
-        train(load_train(str(write(tmp_path, "other"))), resume=True)
+    mine = tmp_path / "run" / "notes.txt"
+    mine.write_text("kept")
+    other = load_train(tmp_path / "run.yaml", ["train.epochs=1", "train.seed=1"])
+    assert train(other, force=True).step == 22
+    assert mine.read_text() == "kept"  # --force removes what runs write, and nothing else
+    assert len(lines_of(tmp_path / "run", "train/loss")) == 5
 
 
-def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path) -> None:
-    recipe = load_train(
-        str(write(tmp_path, "nan", "sgd")), ["optimizer.lr=1e30", "train.clip=null", "schedule.warmup=0"]
-    )
-    with pytest.raises(NumericsError, match="not finite at step"):
+def test_a_refused_recipe_leaves_an_earlier_run_alone(tmp_path: Path) -> None:
+    path = write(tmp_path, "run")
+    train(load_train(path, ["train.epochs=1"]))
+    with pytest.raises(TargetError):
+        train(load_train(path, ["methods.gor.targets=[nothing.*]"]), force=True)
+    assert checkpoint_steps(tmp_path / "run")
+
+
+def test_a_run_leaves_its_outcome(tmp_path: Path) -> None:
+    outcome = train(load_train(write(tmp_path, "run"), ["train.epochs=1"]))
+    written = json.loads((tmp_path / "run" / "outcome.json").read_text())
+    assert written == vars(outcome)
+    assert written["step"] == 22
+    assert written["parameters"] == written["trainable"] == 64 * 32 + 32 + 32 * 10 + 10
+    assert written["best"] == written["metrics"]["eval/accuracy"]
+    timing = (tmp_path / "run" / "timing.jsonl").read_text().splitlines()
+    assert json.loads(timing[-1])["steps_per_second"] > 0
+    assert json.loads(timing[-1])["step"] == 22
+
+
+def test_keep(tmp_path: Path) -> None:
+    train(load_train(write(tmp_path, "run"), ["run.keep=2"]))
+    assert checkpoint_steps(tmp_path / "run") == [63, 66]
+    assert (tmp_path / "run" / "checkpoints" / "best" / "state.json").is_file()
+
+
+@pytest.mark.parametrize("saves", [1, 7])
+def test_a_loss_that_is_not_finite_ends_the_run(saves: int, tmp_path: Path) -> None:
+    """The first update ruins the weights: no state after it is kept, as a step's or as the best."""
+    run = f"{{dir: FOLDER, save_every_steps: {saves}, log_every: 100, best: {{metric: eval/accuracy}}}}"
+    recipe = load_train(write(tmp_path, "run", **EXPLODES, run=run))
+    with pytest.raises(NumericsError, match=r"step [12] .*no checkpoint was saved before it") as caught:
         train(recipe)
+    assert "optimizer.lr" in str(caught.value.hint)
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_longer_training_may_be_resumed(tmp_path: Path) -> None:
+def test_the_step_and_the_last_good_state_are_named(tmp_path: Path) -> None:
+    """Step 9 has a loss of nothing but nan; logs are due at 20, saves at 4, 8, 12."""
+    sections = {"run": "{dir: FOLDER, save_every_steps: 4, log_every: 20, keep: all}", "train": "{steps: 30}"}
+    script = (
+        "import sys\n"
+        "from ortho_cli.cli.app import main\n"
+        "from ortho_cli.training import loop\n"
+        "plain = loop._step\n"
+        "def step(session, number, parts):\n"
+        "    if number == 8: parts[0]['image'].fill_(float('nan'))\n"
+        "    return plain(session, number, parts)\n"
+        "loop._step = step\n"
+        "main()\n"
+    )
+    words = ["train", str(write(tmp_path, "run", **sections)), "-q"]
+    done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True)
+    assert done.returncode == 5, done.stderr
+    assert "train/loss is nan at step 9" in done.stderr
+    assert "last good checkpoint" in done.stderr and "step-000008" in done.stderr
+    assert checkpoint_steps(tmp_path / "run") == [4, 8]
+    again = ortho("train", str(tmp_path / "run.yaml"), "--resume", "--set", "run.save_every_steps=15", "-q")
+    assert again.returncode == 0, again.stderr
+    assert checkpoint_steps(tmp_path / "run") == [4, 8, 15, 30]
+
+
+def test_metrics_hold_no_numbers_that_json_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ortho_cli.methods.gor import GORMethod
+
+    monkeypatch.setattr(GORMethod, "scalars", lambda self: {"condition": float("inf")})
+    outcome = train(load_train(write(tmp_path, "run"), ["train.epochs=1"]))
+    assert outcome.metrics["method/gor/condition"] is None
+    assert "Infinity" not in (tmp_path / "run" / "metrics.jsonl").read_text()
+
+
+def test_exports_and_bases_are_averages_where_the_run_averages(tmp_path: Path) -> None:
+    """What was judged is what is handed on."""
+    train(load_train(write(tmp_path, "base", methods="[]", train="{epochs: 1, ema: 0.5}")))
+    saved = tmp_path / "base" / "checkpoints" / "best"
+    model, averaged = (load_tensors(saved / f"{name}.safetensors") for name in ("model", "ema"))
+    assert any(not torch.equal(model[name], averaged[name]) for name in averaged)
+    methods = "[{name: hra, rank: 2, targets: ['layers.0']}]"
+    name = next(name for name in averaged if name.endswith("weight"))
+    hra = write(tmp_path, "hra", methods=methods.replace("layers.0", name.removesuffix(".weight")),
+                model=f"{{name: mlp, hidden: [32], base: {tmp_path / 'base'}}}")  # fmt: skip
+    train(load_train(hra, ["train.epochs=1", "train.ema=0.5"]))
+    last = tmp_path / "hra" / "checkpoints" / "step-000022"
+    kept = load_tensors(last / "model.safetensors")
+    layer = name.removesuffix(".weight")
+    assert torch.equal(kept[f"{layer}.fixed_linear.weight"], averaged[name])
+    exported = load_tensors(tmp_path / "hra" / "export" / "hra" / "adapter_model.safetensors")
+    vectors = load_tensors(last / "ema.safetensors")[f"{layer}.hra_u"]
+    assert torch.equal(next(iter(exported.values())), vectors)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ("train.precision=fp16", RecipeError, "fp16 needs a GPU"),
+        ("run.trackers=[clearml]", UsageError, "clearml is not installed"),
+        ("run.best.metric=eval/acuracy", RecipeError, "eval/acuracy is not evaluated"),
+    ],
+)
+def test_what_cannot_be_done_is_said(change: str, kind: type[Exception], message: str, tmp_path: Path) -> None:
+    with pytest.raises(kind, match=message) as caught:
+        train(load_train(write(tmp_path, "run"), ["train.epochs=1", change]))
+    assert getattr(caught.value, "hint", None)
+
+
+def test_bf16(tmp_path: Path) -> None:
+    """Products in bf16, weights in fp32; not the same numbers, but the same training."""
+    path = write(tmp_path, "plain", methods="[]", train="{epochs: 3}")
+    full = train(load_train(path))
+    half = train(load_train(path, ["train.precision=bf16", f"run.dir={tmp_path / 'half'}"]))
+    assert full.metrics["train/loss"] != half.metrics["train/loss"]
+    assert half.metrics["train/loss"] == pytest.approx(full.metrics["train/loss"], rel=0.05)
+    saved = load_tensors(tmp_path / "half" / "checkpoints" / "best" / "model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_stops(number: int, tmp_path: Path) -> None:
     path = write(tmp_path, "run")
-    train(load_train(str(path), ["train.epochs=1"]))
-    outcome = train(load_train(str(path), ["train.epochs=2"]), resume=True)
-    assert outcome.step == 2 * checkpoint_steps(tmp_path / "run")[2 - 1] or outcome.step == 44
-
-
-def test_sigterm_saves_and_stops(tmp_path: Path) -> None:
-    path = write(tmp_path, "run")
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     process = subprocess.Popen(
         [sys.executable, "-m", "ortho_cli", "train", str(path), "--set", "train.epochs=2000", "-q"],
-        env=environment, stderr=subprocess.PIPE, text=True,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"}, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     metrics = tmp_path / "run" / "metrics.jsonl"
     for _ in range(600):
         if metrics.exists() and metrics.stat().st_size:
             break
         time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     _, talk = process.communicate(timeout=60)
     assert process.returncode == 130, talk
     assert "--resume" in talk
-    saved = last_checkpoint(tmp_path / "run")
-    assert saved is not None and json.loads((saved / "state.json").read_text())["step"] > 0
+    steps = checkpoint_steps(tmp_path / "run")
+    assert steps
+    assert f"stopped at step {steps[-1]} of" in talk

@@ -1,0 +1,166 @@
+"""The whole state of a run as named tensors and JSON, and back: of any process layout, sharded weights gathered.
+
+What trains must be finite: a state that is not is never saved.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ortho_cli.errors import CheckpointError, NumericsError
+from ortho_cli.methods.adapter_layer import whole
+from ortho_cli.methods.method import Method
+
+__all__ = [
+    "Snapshot", "as_held", "capture", "check_finite", "load_model", "load_optimizer", "optimizer_state",
+    "without_prefix",
+]  # fmt: skip
+
+SEPARATOR = "|"  # between a parameter's name, which has dots, and the moment's
+
+
+@dataclass
+class Snapshot:
+    """What a checkpoint folder holds; empty on processes that write nothing."""
+
+    model: dict[str, Tensor]
+    moments: dict[str, Tensor]
+    average: dict[str, Tensor] | None
+    state: dict[str, Any] = field(default_factory=dict)
+
+
+@torch.no_grad()
+def capture(
+    model: nn.Module,
+    optimizers: Mapping[str, torch.optim.Optimizer],
+    methods: list[Method],
+    average: Mapping[str, Tensor] | None = None,
+    *,
+    keep: bool = True,
+) -> Snapshot:
+    """Everything that training changes; every process must ask, since sharded tensors are gathered one by one.
+
+    Args:
+        model: unwrapped.
+        optimizers: by phase.
+        methods: in recipe order.
+        average: averaged weights.
+        keep: False on processes that only help to gather.
+
+    Returns:
+        Tensors, the model's as they are held (not copied), and ``state`` for JSON.
+    """
+    moments: dict[str, Tensor] = {}
+    state: dict[str, Any] = {"optimizers": {}, "methods": {}}
+    for phase, optimizer in optimizers.items():
+        tensors, state["optimizers"][phase] = optimizer_state(optimizer, model)
+        moments |= {f"{phase}/{name}": tensor for name, tensor in tensors.items()}
+    for index, method in enumerate(methods):
+        own = dict(method.state())
+        moments |= {f"method/{index}/{name}": tensor for name, tensor in own.pop("tensors", {}).items()}
+        state["methods"][str(index)] = {"name": method.name, "state": own}
+    return Snapshot(
+        _gathered(model.state_dict(), keep),
+        _gathered(moments, keep),
+        None if average is None else _gathered(average, keep),
+        state,
+    )
+
+
+def _gathered(tensors: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
+    found = {}
+    for name, tensor in tensors.items():
+        gathered = whole(tensor)
+        if keep:  # a gathered tensor is as large as all shards together: it does not stay on the device
+            found[name] = gathered if gathered is tensor else gathered.cpu()
+    return found
+
+
+def check_finite(model: nn.Module, snapshot: Snapshot, step: int) -> None:
+    """Refuse a state that training would not come back from.
+
+    Raises:
+        NumericsError: weights that train, or the optimizer's moments, are not finite.
+    """
+    for name in (name for name, parameter in model.named_parameters() if parameter.requires_grad):
+        if not bool(snapshot.model[name].isfinite().all()):
+            raise NumericsError(f"weight {name} is not finite after step {step}")
+    for name, tensor in snapshot.moments.items():
+        if not bool(tensor.isfinite().all()):
+            raise NumericsError(f"the optimizer's {name} is not finite after step {step}")
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer, model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's moments as named tensors, and its numbers as JSON."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, Any] = {}
+    for parameter, state in optimizer.state.items():
+        for key, value in state.items():
+            flat = f"{names[id(parameter)]}{SEPARATOR}{key}"
+            if isinstance(value, Tensor):
+                tensors[flat] = value
+            elif value is not None:
+                numbers[flat] = value
+    return tensors, {"state": numbers, "groups": [dict(_numbers(group)) for group in optimizer.param_groups]}
+
+
+def _numbers(group: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    for key, value in group.items():
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            yield key, value
+
+
+def load_optimizer(
+    optimizer: torch.optim.Optimizer, model: nn.Module, tensors: Mapping[str, Tensor], numbers: Mapping[str, Any]
+) -> None:
+    """Put saved moments back, each where its parameter is and in the dtype it was saved in.
+
+    Raises:
+        CheckpointError: a moment belongs to a parameter the model does not have.
+    """
+    parameters = dict(model.named_parameters())
+    for flat, value in [*tensors.items(), *numbers["state"].items()]:
+        name, _, key = flat.rpartition(SEPARATOR)
+        if name not in parameters:
+            raise CheckpointError(f"the saved optimizer has a moment for {name!r}, which the model lacks")
+        parameter = parameters[name]
+        # torch keeps its step counters on the CPU; everything of the parameter's shape lives beside it.
+        placed = as_held(value, parameter) if isinstance(value, Tensor) and value.dim() else value
+        optimizer.state[parameter][key] = placed
+    for group, saved in zip(optimizer.param_groups, numbers["groups"], strict=True):
+        group.update(saved)
+
+
+def load_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put saved weights back, into sharded parameters too; every tensor must be there, and no other.
+
+    Raises:
+        CheckpointError: names or shapes differ.
+    """
+    held = model.state_dict()
+    try:
+        model.load_state_dict({name: as_held(value, held.get(name, value)) for name, value in tensors.items()})
+    except RuntimeError as error:
+        raise CheckpointError(f"the checkpoint does not fit the model: {error}") from error
+
+
+def as_held(value: Tensor, like: Tensor) -> Tensor:
+    """A whole tensor on the device of another, and sharded as that one is."""
+    if not hasattr(like, "full_tensor"):
+        return value.to(like.device)
+    from torch.distributed.tensor import DTensor, distribute_tensor
+
+    assert isinstance(like, DTensor)
+    # Every process has read the whole file, so none needs to send.
+    return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
+
+
+def without_prefix(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors below a prefix, without it."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
