@@ -16,13 +16,18 @@ from torch import Tensor
 
 from ortho_cli.errors import NumericsError, check_choice
 from ortho_cli.linalg.precision import at_least_float32
-from ortho_cli.linalg.subspace_iteration import leading_subspace, prefers_subspace
+from ortho_cli.linalg.subspace_iteration import gram, leading_subspace, prefers_subspace
 
-__all__ = ["METHODS", "SpectralFactors", "relative_error", "singular_values", "spectral_factors"]
+__all__ = ["METHODS", "SpectralFactors", "frobenius_norm", "relative_error", "singular_values", "spectral_factors"]
 
 METHODS = ("auto", "svd", "gram", "randomized")
 # Rows of the residual formed at a time: a block stays in the cache, and a layer of any size costs no copy of it.
 BLOCK_ENTRIES = 2**20
+# Below this share of ||W||^2 the expanded error has lost more digits to float32 than a report shows.
+CANCELLED = 1e-2
+# The random subspace is made of float32 products with W^T W: singular values below this share of the largest drown in
+# their rounding, unless nothing beyond rounding is left to find.
+RESOLVED, ROUNDING = 3e-3, 1e-5
 
 
 class SpectralFactors(NamedTuple):
@@ -75,7 +80,7 @@ def spectral_factors(
     """
     check_choice("method", method, METHODS)
     weight = at_least_float32(weight, "weight")
-    norm = torch.linalg.vector_norm(weight, dim=(-2, -1), dtype=torch.float64)
+    norm = frobenius_norm(weight)
     if not bool(torch.isfinite(norm).all()):
         raise NumericsError(
             f"a weight of shape {tuple(weight.shape)} holds values that are not finite",
@@ -83,17 +88,23 @@ def spectral_factors(
         )
     if isinstance(rank, int) and rank < 1:
         raise ValueError(f"a rank is at least 1, found {rank}")
-    if method == "auto":
-        fast = isinstance(rank, int) and prefers_subspace(weight.shape[-2], weight.shape[-1], rank, tolerance)
-        method = "randomized" if fast else "gram"
     tall = weight.shape[-2] >= weight.shape[-1]
     side = weight if tall else weight.mT  # (..., long, short): bases are sought on the short side
-    basis = _basis(side, rank, method, tolerance, seed)
-    u, vt, values = _balance(side, basis)
-    if not tall:
-        u, vt = vt.mT, u.mT
-    u, vt = _fix_signs(u, vt)
-    return SpectralFactors(u, vt, values, relative_error(weight, u, vt, norm), method)
+    if method == "auto":
+        fast = isinstance(rank, int) and prefers_subspace(side.shape[-2], side.shape[-1], rank, tolerance)
+        method = "randomized" if fast else "gram"
+    if method == "randomized":
+        if not isinstance(rank, int):
+            raise ValueError("a rank rule reads all singular values: take method 'gram' or 'svd'")
+        basis, product = leading_subspace(side, min(rank, side.shape[-1]), seed=seed)
+        found = _balance(product, basis, tall)
+        error = _error(weight, norm, found)
+        if _is_resolved(found.values, error):
+            return found._replace(error=error, method=method)
+        method = "gram"
+    basis = _singular_vectors(side, rank, method)
+    found = _balance(side @ basis, basis, tall)
+    return found._replace(error=_error(weight, norm, found), method=method)
 
 
 def singular_values(weight: Tensor) -> Tensor:
@@ -109,15 +120,13 @@ def singular_values(weight: Tensor) -> Tensor:
     [3.0, 2.0]
     """
     side = at_least_float32(weight, "weight")
-    eigenvalues: Tensor = torch.linalg.eigvalsh(_gram(side if side.shape[-2] >= side.shape[-1] else side.mT))
+    side = side if side.shape[-2] >= side.shape[-1] else side.mT
+    eigenvalues: Tensor = torch.linalg.eigvalsh(gram(side, torch.float64))
     return eigenvalues.clamp_min(0).sqrt().flip(-1)
 
 
 def relative_error(weight: Tensor, u: Tensor, vt: Tensor, norm: Tensor | None = None) -> Tensor:
-    """Measure `||W - U VT||_F / ||W||_F`, by blocks of the residual itself.
-
-    The expansion `||W||^2 - sum s^2` holds for exact singular vectors only, and loses all digits where the error is
-    small; the residual costs one product.
+    """Measure `||W - U VT||_F / ||W||_F` by the residual itself, a block of rows at a time.
 
     Args:
         weight: `(..., m, n)`.
@@ -127,51 +136,70 @@ def relative_error(weight: Tensor, u: Tensor, vt: Tensor, norm: Tensor | None = 
 
     Returns:
         `(...)`, float64; 0 for a weight of zeros.
+
+    Cost: one product `m n r`, no copy of the weight.
+
+    >>> relative_error(torch.tensor([[4.0, 3.0]]), torch.tensor([[2.0]]), torch.tensor([[2.0, 0.0]])).item()
+    0.6
     """
     weight = at_least_float32(weight, "weight")
-    if norm is None:
-        norm = torch.linalg.vector_norm(weight, dim=(-2, -1), dtype=torch.float64)
+    norm = frobenius_norm(weight) if norm is None else norm
     step = max(1, BLOCK_ENTRIES // weight.shape[-1])
     squares = torch.zeros_like(norm)
     for first in range(0, weight.shape[-2], step):
         rows = slice(first, first + step)
         residual = u[..., rows, :] @ vt
         residual -= weight[..., rows, :]
-        squares += torch.linalg.vector_norm(residual, dim=(-2, -1), dtype=torch.float64).square()
+        squares += frobenius_norm(residual).square()
     return squares.sqrt() / torch.where(norm > 0, norm, 1.0)
 
 
-def _gram(side: Tensor) -> Tensor:
-    wide = side.double()
-    return wide.mT @ wide
+def _error(weight: Tensor, norm: Tensor, found: SpectralFactors) -> Tensor:
+    r"""The error from :math:`\|W\|^2 - 2 \langle W, U V\rangle + \|U V\|^2`, or where that cancels, from the residual.
+
+    `U` is `W` times a basis, so the middle term is known. The plain :math:`\|W\|^2 - \sum s^2` would miss what the
+    basis lacks in orthogonality.
+    """
+    u, vt, values = found.u, found.vt, found.values
+    along = values.double().square().sum(-1)
+    both = ((u.mT @ u).double() * (vt @ vt.mT)).sum((-2, -1))
+    share = (norm.square() - 2 * along + both) / torch.where(norm > 0, norm, 1.0).square()
+    return share.sqrt() if bool((share > CANCELLED).all()) else relative_error(weight, u, vt, norm)
 
 
-def _basis(side: Tensor, rank: int | Callable[[Tensor], int], method: str, tolerance: float, seed: int) -> Tensor:
+def _is_resolved(values: Tensor, error: Tensor) -> bool:
+    """Whether float32 products could see the last component beside the first, or all of the weight was found."""
+    seen = values[..., -1] > RESOLVED * values[..., 0]
+    return bool((seen | (error < ROUNDING)).all())
+
+
+def frobenius_norm(matrix: Tensor) -> Tensor:
+    """`||.||_F` in float64, without a copy in it: exact to float32 rounding of single rows."""
+    rows: Tensor = torch.linalg.vector_norm(matrix, dim=-1)
+    norm: Tensor = torch.linalg.vector_norm(rows.double(), dim=-1)
+    return norm
+
+
+def _singular_vectors(side: Tensor, rank: int | Callable[[Tensor], int], method: str) -> Tensor:
     """Orthonormal `(..., short, r)`: the leading right singular vectors of `side`, in descending order."""
-    if method == "randomized":
-        if not isinstance(rank, int):
-            raise ValueError("a rank rule reads all singular values: take method 'gram' or 'svd'")
-        return leading_subspace(side, min(rank, side.shape[-1]), tolerance=tolerance, seed=seed)
     if method == "svd":
         _, values, vectors_t = torch.linalg.svd(side, full_matrices=False)
         vectors = vectors_t.mT
     else:
-        squares, vectors = torch.linalg.eigh(_gram(side))
-        values, vectors = squares.clamp_min(0).sqrt().flip(-1), vectors.flip(-1).to(side.dtype)
-    chosen = rank if isinstance(rank, int) else rank(values)
-    leading: Tensor = vectors[..., :chosen]
+        squares, vectors = torch.linalg.eigh(gram(side, torch.float64))
+        values, vectors = squares.clamp_min(0).sqrt().flip(-1), vectors.flip(-1)
+    leading: Tensor = vectors[..., : rank if isinstance(rank, int) else rank(values)].to(side.dtype)
     return leading
 
 
-def _balance(side: Tensor, basis: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """`side @ basis` and `basis^T` with the length of each component shared evenly; a component of zero is zero."""
-    product = side @ basis
+def _balance(product: Tensor, basis: Tensor, tall: bool) -> SpectralFactors:
+    """Share the length of each component of `product basis^T` evenly, signs fixed; a component of zero is zero."""
     values = torch.linalg.vector_norm(product, dim=-2)
     root = values.sqrt()
-    return product / torch.where(root > 0, root, 1)[..., None, :], root[..., :, None] * basis.mT, values
-
-
-def _fix_signs(u: Tensor, vt: Tensor) -> tuple[Tensor, Tensor]:
-    largest = vt.gather(-1, vt.abs().argmax(-1, keepdim=True))
-    signs = torch.where(largest < 0, -1, 1).to(vt.dtype)
-    return (u * signs.mT).contiguous(), (vt * signs).contiguous()
+    rows = basis if tall else product  # what VT is made of
+    largest = rows.gather(-2, rows.abs().argmax(-2, keepdim=True)).squeeze(-2)
+    sign = torch.where(largest < 0, -1, 1).to(root.dtype)
+    long = product * (sign / torch.where(root > 0, root, 1))[..., None, :]
+    short = basis * (sign * root)[..., None, :]
+    u, vt = (long, short.mT) if tall else (short, long.mT)
+    return SpectralFactors(u.contiguous(), vt.contiguous(), values, values.new_zeros(()), "")
