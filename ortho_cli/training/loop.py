@@ -19,7 +19,7 @@ from .optimizers import clip_gradients, set_learning_rate
 from .session import Session, prepare_training
 from .window import Window
 
-__all__ = ["Counters", "fit", "step_seed"]
+__all__ = ["Counters", "fit", "seed_generators", "step_seed"]
 
 SEED_STRIDE = 1_000_003  # a prime, so that (seed, step, rank) do not collide in practice
 
@@ -60,8 +60,8 @@ def fit(session: Session, counters: Counters, window: Window, after_step: Callab
     session.model.train()
     while counters.step < session.total_steps:
         for parts in _steps(session, counters):
-            seed = session.recipe.train.seed
-            torch.manual_seed(step_seed(seed, counters.step, session.accelerator.process_index))
+            seed = step_seed(session.recipe.train.seed, counters.step, session.accelerator.process_index)
+            seed_generators(seed, session.accelerator.device)
             window.add(counters.step + 1, _step(session, counters.step, parts))
             if session.average is not None:
                 session.average.update(session.model)
@@ -145,6 +145,13 @@ def _labelled(label: str, named: dict[str, Tensor]) -> dict[str, Tensor]:
 def _add(said: dict[str, Tensor], name: str, value: Tensor, share: float) -> None:
     value = value if share == 1 else share * value
     said[name] = said[name] + value if name in said else value
+
+
+def seed_generators(seed: int, device: torch.device) -> None:
+    """Seed what this process draws from; `torch.manual_seed` would also queue a seed for every device not in use."""
+    torch.default_generator.manual_seed(seed)
+    if device.type != "cpu":
+        torch.get_device_module(device).manual_seed(seed)
 
 
 def step_seed(seed: int, step: int, rank: int = 0) -> int:

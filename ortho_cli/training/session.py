@@ -175,6 +175,8 @@ def prepare_training(session: Session) -> None:
         optimizers.append(build_optimizer(recipe.optimizer, groups))
     compiled = torch.compile(model) if recipe.train.compile else model
     session.wrapped, *prepared = accelerator.prepare(compiled, *optimizers)
+    if accelerator.scaler is None:  # accelerate's wrapper serves the scaler of fp16, and costs 0.3 ms a step
+        prepared = [wrapper.optimizer for wrapper in prepared]
     session.optimizers = dict(zip(session.task.phases, prepared, strict=True))
     for phase, old in before.items():
         keep_moments(old, session.optimizers[phase])
