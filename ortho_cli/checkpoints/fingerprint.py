@@ -11,6 +11,7 @@ import struct
 from array import array
 from collections.abc import Iterable
 from math import inf, prod
+from typing import TYPE_CHECKING
 
 from ortho_cli.errors import CheckpointError
 
@@ -19,7 +20,10 @@ from .layouts import fingerprint_name, to_canonical
 from .reading import TensorReader
 from .tensors import DTYPE_BITS, FLOAT_DTYPES, TensorInfo
 
-__all__ = ["base_fingerprint"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["base_fingerprint", "edge_values", "fingerprint_of"]
 
 EDGE_VALUES = 2048
 HALF_LIMIT = 65520.0  # from here on a float rounds to infinity in float16
@@ -40,15 +44,27 @@ def base_fingerprint(checkpoint: Checkpoint, layers: Iterable[str]) -> str:
 
     Cost: two reads of at most 8 kB for each layer.
     """
-    canonical = {layer: to_canonical(layer, checkpoint.layout) for layer in layers}
-    digest = hashlib.sha256()
     with TensorReader() as reader:
-        # Two text encoders of one pipeline have layers of the same name: the canonical name decides between them.
-        for layer, full in sorted(canonical.items(), key=lambda item: (fingerprint_name(item[1]), item[1])):
-            info = checkpoint.weight(layer)
-            digest.update(f"{fingerprint_name(full)}:{info.shape[0]}x{prod(info.shape[1:])}\n".encode())
-            digest.update(_edges(reader, info))
+        return fingerprint_of(
+            (to_canonical(layer, checkpoint.layout), info.shape, _edges(reader, info))
+            for layer, info in {layer: checkpoint.weight(layer) for layer in layers}.items()
+        )
+
+
+def fingerprint_of(layers: Iterable[tuple[str, tuple[int, ...], bytes]]) -> str:
+    """Hash layers that may not be in a file yet: of each the canonical name, the shape, and its `edge_values`."""
+    digest = hashlib.sha256()
+    # Two text encoders of one pipeline have layers of the same name: the canonical name decides between them.
+    for full, shape, edges in sorted(layers, key=lambda layer: (fingerprint_name(layer[0]), layer[0])):
+        digest.update(f"{fingerprint_name(full)}:{shape[0]}x{prod(shape[1:])}\n".encode())
+        digest.update(edges)
     return digest.hexdigest()
+
+
+def edge_values(weight: Tensor) -> bytes:
+    """The first and the last values of a weight, as little-endian float16."""
+    values = weight.double().reshape(-1)
+    return _half(values[:EDGE_VALUES].tolist()) + _half(values[-EDGE_VALUES:].tolist())
 
 
 def _edges(reader: TensorReader, info: TensorInfo) -> bytes:
@@ -56,8 +72,7 @@ def _edges(reader: TensorReader, info: TensorInfo) -> bytes:
     if info.dtype not in FLOAT_DTYPES:
         raise CheckpointError(f"weight {info.name!r} is {info.dtype}; a fingerprint needs floats", where=str(info.path))
     if info.strides is not None:
-        values = reader.read(info).double().reshape(-1)
-        return _half(values[:EDGE_VALUES].tolist()) + _half(values[-EDGE_VALUES:].tolist())
+        return edge_values(reader.read(info))
     width = DTYPE_BITS[info.dtype] // 8
     count = min(EDGE_VALUES, info.numel) * width
     places = (info.offset, info.offset + info.nbytes - count)

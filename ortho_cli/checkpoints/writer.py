@@ -22,7 +22,7 @@ from .header import MAX_HEADER_BYTES, printable, read_header
 from .reading import TensorReader, open_input, tensor_bytes
 from .tensors import DTYPE_BITS, Stamp, TensorInfo
 
-__all__ = ["Piece", "computed", "copied", "file_bytes", "write_file"]
+__all__ = ["Piece", "computed", "copied", "file_bytes", "file_order", "write_file"]
 
 COPY_BYTES = 64 * 2**20  # one kernel copy call; small enough that progress moves and Ctrl-C is felt
 BUFFER_BYTES = 4 * 2**20  # of a copy outside the kernel
@@ -69,13 +69,18 @@ def _row_major(info: TensorInfo) -> Buffers:
         yield tensor_bytes(reader.read(info))
 
 
+def file_order(pieces: Iterable[Piece]) -> list[Piece]:
+    """The order in which tensors stand in a file, and computed ones are produced: the reference writer's."""
+    return sorted(pieces, key=lambda piece: (_ORDER[piece.dtype], piece.name))
+
+
 def _layout(pieces: Iterable[Piece], metadata: dict[str, str]) -> tuple[bytes, list[tuple[Piece, int]]]:
-    """Header bytes and absolute offset of every piece, in the reference writer's order.
+    """Header bytes and absolute offset of every piece, in `file_order`.
 
     Raises:
         CheckpointError: names that no file can hold: two equal ones, or one the format keeps for itself.
     """
-    ordered = sorted(pieces, key=lambda piece: (_ORDER[piece.dtype], piece.name))
+    ordered = file_order(pieces)
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     offset = 0
     for piece in ordered:

@@ -88,9 +88,16 @@ def hra_folder(
 
 
 def lora_folder(
-    layers: Mapping[str, tuple[Factor, Factor]], base: Checkpoint | None, metadata: dict[str, str]
+    layers: Mapping[str, tuple[Factor, Factor]],
+    base: Checkpoint | None,
+    metadata: dict[str, str],
+    *,
+    transposed: bool = False,
 ) -> AdapterFiles:
-    """A PEFT LoRA adapter of scale 1: `layers` maps canonical names to up ``(out, r)`` and down ``(r, in)``."""
+    """A PEFT LoRA adapter of scale 1: `layers` maps canonical names to up ``(out, r)`` and down ``(r, in)``.
+
+    `transposed`: the layers are transformers' Conv1D, which keep their weight as ``(in, out)``.
+    """
     result = AdapterFiles(notes=_name_notes(layers))
     configs = lora_configs({layer: down.shape[0] for layer, (_, down) in layers.items()}, base)
     for folder, group in by_component(layers).items():
@@ -98,7 +105,7 @@ def lora_folder(
         for layer in group:
             names = lora_tensor_names("peft-lora", layer)
             pieces += [layers[layer][0].piece(names["up"]), layers[layer][1].piece(names["down"])]
-        config = configs[layouts.component_name(group[0])[0]]
+        config = configs[layouts.component_name(group[0])[0]] | {"fan_in_fan_out": transposed}
         _add(result, folder, pieces, config, metadata, f"LoRA adapter, rank {config['r']}", base)
     return result
 

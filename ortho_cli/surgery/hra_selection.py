@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import prod
 
 from ortho_cli.checkpoints import layouts, targets
+from ortho_cli.checkpoints.matrices import CONV1D_NAMES, LOOKUPS, has_conv1d
 from ortho_cli.checkpoints.store import Checkpoint
 from ortho_cli.checkpoints.tensors import FLOAT_DTYPES
 from ortho_cli.errors import TargetError, UsageError
@@ -15,14 +16,6 @@ __all__ = ["HraLayer", "check_repo_layers", "select_layers"]
 
 DEFAULT_RANK = 8
 REPO_PRESET = "sd15-control"  # what the HRA authors' code adapts, and their strict loader wants
-# Layers that transformers may keep as Conv1D, weight (in, out): GPT-2 and its relatives.
-CONV1D_NAMES = ("c_attn", "c_proj", "c_fc", "q_attn")
-CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer")
-# Matrices that are looked up, never multiplied.
-LOOKUPS = (
-    "word_embeddings", "position_embeddings", "token_type_embeddings", "embed_tokens", "embed_positions",
-    "token_embedding", "position_embedding", "wte", "wpe",
-)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -66,7 +59,7 @@ def select_layers(
     ranks = targets.per_layer(
         [str(value) for value in values], {name: shapes[name] for name in selection.layers}, layout
     )
-    conv1d = _has_conv1d(checkpoint)
+    conv1d = has_conv1d(checkpoint)
     layers = []
     for name in selection.layers:
         _check_layer(checkpoint, name, shapes[name], conv1d)
@@ -74,17 +67,6 @@ def select_layers(
         _check_rank(name, ranks[name], width, gram_schmidt)
         layers.append(HraLayer(name, layouts.to_canonical(name, layout), shapes[name], width, ranks[name]))
     return layers, dict(selection.counts)
-
-
-def _has_conv1d(checkpoint: Checkpoint) -> bool:
-    """Whether the blocks of a GPT-2 are Conv1D: its configuration says so, or a bias as long as its weight is wide."""
-    if checkpoint.config.get("model_type") in CONV1D_MODELS:
-        return True
-    for name, shape in checkpoint.layers().items():
-        bias = checkpoint.tensors.get(f"{name}.bias")
-        if name.endswith(CONV1D_NAMES) and bias is not None and bias.shape == shape[1:] != shape[:1]:
-            return True
-    return False
 
 
 def _check_layer(checkpoint: Checkpoint, name: str, shape: tuple[int, ...], conv1d: bool) -> None:

@@ -12,6 +12,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -52,7 +53,8 @@ class Plan:
     """Everything a verb is about to do.
 
     `details` holds one dictionary for each changed layer; computed pieces complete theirs while they run. `copies` are
-    files taken over as they are, `texts` small files whose content is known.
+    files taken over as they are, `texts` small files whose content is known. `during` surrounds the writing, for what
+    computed pieces need while they run; `finish` is called before the last texts are written.
     """
 
     command: str
@@ -67,6 +69,7 @@ class Plan:
     totals: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     working_bytes: int = 4 * BLOCK_BYTES
+    during: Callable[[], AbstractContextManager[None]] = nullcontext
     finish: Callable[[Plan], None] = lambda plan: None
 
     @property
@@ -142,7 +145,7 @@ def run(plan: Plan, *, force: bool = False, dry_run: bool = False, progress: Pro
     if progress is not None:
         progress.start(plan.bytes_out)
     advance = progress.advance if progress is not None else lambda count: None
-    with atomic(plan.output, force=force) as partial:
+    with plan.during(), atomic(plan.output, force=force) as partial:
         single = len(plan.files) == 1 and not plan.files[0].relative and not plan.copies and not plan.texts
         if not single:
             partial.mkdir()
