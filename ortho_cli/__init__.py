@@ -32,6 +32,8 @@ _API = {
     "convert": "surgery.convert",
     "diff": "surgery.diff",
     "disable_adapter": "methods.adapter_layer",
+    "factorize_": "methods.factorized",
+    "frobenius_decay_": "methods.frobenius_decay",
     "gor_penalty": "methods.gor",
     "inspect": "surgery.inspect",
     "load_adapter": "methods.load",
@@ -46,8 +48,8 @@ _API = {
 __all__ = [
     "Adapter", "Checkpoint", "CheckpointError", "NumericsError", "OrthoError", "OutputError", "RecipeError", "Report",
     "TargetError", "TensorReader", "UsageError", "add_adapter", "add_hra", "convert", "diff", "disable_adapter",
-    "gor_penalty", "inspect", "load_adapter", "merge", "open_checkpoint", "orthogonality_penalty", "parse_hub_id",
-    "read_adapter", "save_adapter",
+    "factorize_", "frobenius_decay_", "gor_penalty", "inspect", "load_adapter", "merge",
+    "open_checkpoint", "orthogonality_penalty", "parse_hub_id", "read_adapter", "save_adapter",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -59,6 +61,8 @@ if TYPE_CHECKING:
     from .methods.adapter_folder import save_adapter
     from .methods.adapter_layer import disable_adapter
     from .methods.add import add_adapter
+    from .methods.factorized import factorize_
+    from .methods.frobenius_decay import frobenius_decay_
     from .methods.gor import gor_penalty
     from .methods.load import load_adapter
     from .methods.orthogonality import orthogonality_penalty

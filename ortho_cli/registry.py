@@ -30,6 +30,9 @@ TABLES: dict[str, dict[str, str]] = {
         "resnet44": "ortho_cli.models.resnet_cifar:build",
         "resnet56": "ortho_cli.models.resnet_cifar:build",
         "resnet110": "ortho_cli.models.resnet_cifar:build",
+        "resnet32x2": "ortho_cli.models.resnet_cifar:build_resnet32x2",
+        "vgg19": "ortho_cli.models.vgg:build",
+        "wrn": "ortho_cli.models.wide_resnet:build",
         "vit-mini": "ortho_cli.models.vit:build",
         "vit-b16": "ortho_cli.models.vit:build",
         "mlp": "ortho_cli.models.mlp:build",
@@ -45,6 +48,8 @@ TABLES: dict[str, dict[str, str]] = {
         "lora": "ortho_cli.methods.lora:LoRAMethod",
         "gor": "ortho_cli.methods.gor:GORMethod",
         "peft": "ortho_cli.methods.peft:PEFTMethod",
+        "factorized": "ortho_cli.methods.factorized:FactorizedMethod",
+        "frobenius_decay": "ortho_cli.methods.frobenius_decay:FrobeniusDecayMethod",
     },
 }
 

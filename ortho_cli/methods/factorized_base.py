@@ -88,9 +88,13 @@ class FactorizedLayer(nn.Module):
                 raise
             return getattr(self._outline[0], name)
 
+    def factor_parameters(self) -> list[nn.Parameter]:
+        """`U`, `VT`, and `M` where there is one."""
+        return [self.U, self.VT] if self.M is None else [self.U, self.VT, self.M]
+
     def factors(self) -> tuple[Tensor, ...]:
         """`(U, VT)` or `(U, VT, M)`, for a grouped convolution each with a leading dimension of groups; views."""
-        return self.unstack(self.U, self.VT, self.M)
+        return self.unstack(*self.factor_parameters())
 
     def unstack(self, u: Tensor, vt: Tensor, mid: Tensor | None = None) -> tuple[Tensor, ...]:
         """Tensors of the factors' shapes as `factors` gives them."""

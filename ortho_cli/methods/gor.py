@@ -15,8 +15,10 @@ from torch import Tensor, nn
 from ortho_cli.errors import TargetError
 from ortho_cli.linalg.group import bucket_penalty, buckets, count_groups, filter_rows, group_penalty
 
+from .adapter_layer import whole
 from .gor_layers import GroupedLayer, select_layers
 from .method import Context, Method
+from .sharded import accumulate
 
 if TYPE_CHECKING:
     from ortho_cli.recipe.methods import GOR
@@ -82,9 +84,9 @@ def gor_penalty(
                 f"a weight with {weight.shape[0]} filters is fewer than the {min_filters} of one group",
                 hint=f"use min_filters={weight.shape[0]}",
             )
-        return group_penalty([filter_rows(_whole(weight))], [count], mode, normalize=normalize)
+        return group_penalty([filter_rows(whole(weight))], [count], mode, normalize=normalize)
     layers, _, _ = select_layers(model_or_weight, targets, groups, min_filters)
-    rows = [layer.rows(_whole(layer.weight)) for layer in layers]
+    rows = [layer.rows(whole(layer.weight)) for layer in layers]
     return group_penalty(rows, [layer.count for layer in layers], mode, normalize=normalize)
 
 
@@ -117,11 +119,11 @@ def add_gor_gradients(
         for layer, weight in zip(layers, weights, strict=True)
     ]
     for members in buckets(specs):
-        rows = [layers[index].rows(_whole(weights[index])) for index in members]
+        rows = [layers[index].rows(whole(weights[index])) for index in members]
         value, gradients = bucket_penalty(rows, layers[members[0]].count, mode, normalize=normalize, scale=scale)
         total = value if total is None else total + value.to(total.device)
         for index, gradient in zip(members, gradients, strict=True):
-            _accumulate(weights[index], layers[index].unrows(gradient))
+            accumulate(weights[index], layers[index].unrows(gradient))
     return total
 
 
@@ -209,22 +211,3 @@ class GORMethod(Method):
         """Put them back."""
         self._values = dict(state["values"])
         self._regularised = dict(state["regularised"])
-
-
-def _whole(weight: Tensor) -> Tensor:
-    """All of a sharded weight (every process asks); any other as it is."""
-    gather = getattr(weight, "full_tensor", None)
-    found: Tensor = weight if gather is None else gather()
-    return found
-
-
-def _accumulate(weight: Tensor, gradient: Tensor) -> None:
-    if hasattr(weight, "full_tensor"):
-        from torch.distributed.tensor import DTensor, Replicate
-
-        mesh, placements = weight.device_mesh, weight.placements  # type: ignore[attr-defined]
-        gradient = DTensor.from_local(gradient, mesh, [Replicate()] * mesh.ndim).redistribute(placements=placements)
-    if weight.grad is None:
-        weight.grad = gradient.to(weight.dtype, copy=True)
-    else:
-        weight.grad.add_(gradient)

@@ -1,10 +1,11 @@
-"""The residual networks that He et al. made for CIFAR: 6n + 2 layers, three stages of 16, 32 and 64 channels.
+"""The residual networks that He et al. made for CIFAR: 6n + 2 layers, three stages of 16, 32 and 64 channels or more.
 
 They work on pictures of any size and number of channels; at 8x8 the stages are 8, 4 and 2 pixels wide.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from math import sqrt
 from typing import TYPE_CHECKING, Literal
 
@@ -12,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from ortho_cli.recipe.models import ResNet
+    from ortho_cli.recipe.models import ResNet, ResNet32x2
 
-__all__ = ["CifarResNet", "build"]
+__all__ = ["CifarResNet", "build", "build_resnet32x2"]
 
 WIDTHS = (16, 32, 64)
+RESNET32X2_WIDTHS = (64, 128, 256)
 # GOR's groups are four filters or more, and its GroupNorm has the same groups; with fewer a group says little.
 MIN_GROUP_CHANNELS = 4
 # The head of the GOR paper's script: `num_classes` was never passed on, so its models end in ImageNet's 1000 outputs.
@@ -39,6 +41,13 @@ def build(config: ResNet, num_classes: int, in_channels: int, image_size: int) -
     )
 
 
+def build_resnet32x2(config: ResNet32x2, num_classes: int, in_channels: int, image_size: int) -> nn.Module:
+    """The wider ResNet-32 of EigenDamage and FNL, with projections where the width changes."""
+    del image_size
+    widths = tuple(max(1, round(channels * config.width)) for channels in RESNET32X2_WIDTHS)
+    return CifarResNet(32, num_classes, in_channels, shortcut="B", widths=widths)
+
+
 class CifarResNet(nn.Module):
     """Classify small pictures with `depth` = 6n + 2 layers, where He et al. took n = 3, 5, 7, 9, 18.
 
@@ -53,6 +62,7 @@ class CifarResNet(nn.Module):
         groups: most groups a GroupNorm has.
         shortcut: what a block adds where it halves the picture: `A` every second pixel with zeros for the new
             channels (no parameters), `B` a 1x1 convolution and a norm.
+        widths: channels of the three stages.
 
     Shapes: `(B, in_channels, H, W)` to `(B, num_classes)`.
     Reference: He et al. 2015, arXiv:1512.03385, section 4.2.
@@ -70,19 +80,20 @@ class CifarResNet(nn.Module):
         norm: Norm = "batch",
         groups: int = 32,
         shortcut: Shortcut = "A",
+        widths: Sequence[int] = WIDTHS,
     ) -> None:
         super().__init__()
         blocks, rest = divmod(depth - 2, 6)
         if rest or blocks < 1:
             raise ValueError(f"a CIFAR ResNet has 6n + 2 layers, not {depth}")
-        self.conv1 = nn.Conv2d(in_channels, WIDTHS[0], 3, padding=1, bias=False)
-        self.norm1 = _norm(norm, groups, WIDTHS[0])
+        self.conv1 = nn.Conv2d(in_channels, widths[0], 3, padding=1, bias=False)
+        self.norm1 = _norm(norm, groups, widths[0])
         stages = []
-        width = WIDTHS[0]
-        for channels in WIDTHS:
+        width = widths[0]
+        for channels in widths:
             made = []
             for index in range(blocks):
-                stride = 2 if index == 0 and channels > WIDTHS[0] else 1
+                stride = 2 if index == 0 and channels > widths[0] else 1
                 downsample = _shortcut(shortcut, norm, groups, width, channels, stride)
                 made.append(_Block(width, channels, stride, norm, groups, downsample))
                 width = channels

@@ -13,7 +13,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from ortho_cli.recipe.section import Count, NotNegative, Patterns, Positive, Rejection, Section, Share, Text
 
-__all__ = ["GOR", "HRA", "PEFT", "LoRA", "Method", "MethodSection"]
+__all__ = ["GOR", "HRA", "PEFT", "Factorized", "FrobeniusDecay", "LoRA", "Method", "MethodSection"]
 
 AutoTargets = Annotated[
     Literal["auto"] | Annotated[Patterns, Field(min_length=1)],
@@ -135,4 +135,55 @@ class PEFT(MethodSection):
             yield ("config",), "needs peft_type: NAME, e.g. OFT"
 
 
-Method = Annotated[HRA | LoRA | GOR | PEFT, Field(discriminator="name")]
+class Factorized(MethodSection):
+    """Layers by factors of low rank, or of high rank to train overcomplete (FNL, arXiv:2105.01029)."""
+
+    name: Literal["factorized"] = Field(description="The method.")
+    rank: Count | None = Field(default=None, description="Components of every layer; or rank_scale, or target_ratio.")
+    rank_scale: Positive | None = Field(
+        default=None, description="Rank as a share of the full one; above 1 is overcomplete (wide)."
+    )
+    target_ratio: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        default=None, description="Parameters of the whole model after, over before."
+    )
+    targets: Annotated[
+        Literal["auto"] | Annotated[Patterns, Field(min_length=1)],
+        Field(description="Patterns of layer names; auto: all but first convolution, embeddings and output head."),
+    ] = "auto"
+    exclude: Exclude = ()
+    spectral: bool = Field(default=True, description="Start from the SVD of the weights; false draws factors anew.")
+    square: bool = Field(default=False, description="A square matrix between the two factors (deep).")
+    plain_start: Literal["kaiming", "fan-in", "fan-out", "uniform"] | None = Field(
+        default=None, description="How factors are drawn without spectral; null: as the paper did for the model."
+    )
+    compat: Literal["paper"] | None = Field(
+        default=None, description="paper: its code's search for a ratio, and its reading of convolutions."
+    )
+
+    def problems(self) -> Iterator[Rejection]:
+        """One rule for the ranks, and nothing that has no effect."""
+        rules = ("rank", "rank_scale", "target_ratio")
+        given = [rule for rule in rules if getattr(self, rule) is not None]
+        if len(given) != 1:
+            where = (given[1],) if given else ()
+            yield where, f"give exactly one of {', '.join(rules)}; found {' and '.join(given) or 'none'}"
+        if self.spectral and self.plain_start is not None:
+            yield ("plain_start",), "is for spectral: false; a spectral start draws nothing"
+
+
+class FrobeniusDecay(MethodSection):
+    """Decay of the products of factored layers, in place of weight decay on their factors (arXiv:2105.01029)."""
+
+    name: Literal["frobenius_decay"] = Field(description="The method.")
+    penalty: NotNegative = Field(default=1e-4, description="What weight decay would be for a dense layer.")
+    targets: Annotated[Patterns, Field(min_length=1)] = Field(
+        default=("**",), description="Patterns of factored layers to decay; the others keep weight decay."
+    )
+    exclude: Exclude = ()
+    form: Literal["auto", "coupled", "decoupled"] = Field(
+        default="auto",
+        description="Through the gradient, or beside the step with the learning rate; auto: as the optimizer decays.",
+    )
+
+
+Method = Annotated[HRA | LoRA | GOR | PEFT | Factorized | FrobeniusDecay, Field(discriminator="name")]

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from ortho_cli.recipe.section import Count, Positive, Rejection, Section, Share, Text
 
-__all__ = ["MLP", "HFImage", "Model", "ResNet", "VitB16", "VitMini"]
+__all__ = ["MLP", "VGG", "HFImage", "Model", "ResNet", "ResNet32x2", "VitB16", "VitMini", "WideResNet"]
 
 Base = Annotated[
     Text | None,
@@ -34,6 +34,36 @@ class ResNet(Section):
         default=None, description="paper-head: GOR's script has 1000 outputs whatever the number of classes."
     )
     base: Base = None
+
+
+class ResNet32x2(Section):
+    """ResNet-32 of 64, 128 and 256 channels with projections as shortcuts (EigenDamage, FNL)."""
+
+    name: Literal["resnet32x2"] = Field(description="The architecture.")
+    width: Positive = Field(default=1.0, description="All channels times this.")
+    base: Base = None
+
+
+class VGG(Section):
+    """VGG19 with batch norm and one linear layer (EigenDamage, FNL)."""
+
+    name: Literal["vgg19"] = Field(description="The architecture.")
+    width: Positive = Field(default=1.0, description="All channels times this.")
+    base: Base = None
+
+
+class WideResNet(Section):
+    """The wide residual network, WRN-28-10 as it stands."""
+
+    name: Literal["wrn"] = Field(description="The architecture.")
+    depth: Count = Field(default=28, description="Layers, 6n + 4.")
+    width: Count = Field(default=10, description="Channels over 16, 32 and 64.")
+    base: Base = None
+
+    def problems(self) -> Iterator[Rejection]:
+        """Three stages of blocks of two."""
+        if (self.depth - 4) % 6 or self.depth < 10:
+            yield ("depth",), f"must be 6n + 4 (10, 16, 22, 28, 40 ...), found {self.depth}"
 
 
 class _Vit(Section):
@@ -90,4 +120,6 @@ class HFImage(Section):
     base: Text = Field(description="A transformers folder or hub id.")
 
 
-Model = Annotated[ResNet | VitMini | VitB16 | MLP | HFImage, Field(discriminator="name")]
+Model = Annotated[
+    ResNet | ResNet32x2 | VGG | WideResNet | VitMini | VitB16 | MLP | HFImage, Field(discriminator="name")
+]

@@ -15,6 +15,9 @@ from ortho_cli.registry import TABLES, resolve
 
 SIZE, CLASSES = 8, 7
 SMALL = {
+    "vgg19": {"width": 0.125},
+    "resnet32x2": {"width": 0.125},
+    "wrn": {"depth": 10, "width": 1},
     "vit-mini": {"patch": 4, "depth": 1, "heads": 2, "dim": 8},
     "vit-b16": {"patch": 4, "depth": 1, "heads": 2, "dim": 8},
 }
@@ -60,7 +63,7 @@ def test_every_parameter_takes_part(name: str, channels: int) -> None:
     assert silent == []
 
 
-@pytest.mark.parametrize("module", ["resnet_cifar", "vit", "mlp", "hf_image"])
+@pytest.mark.parametrize("module", ["resnet_cifar", "vgg", "wide_resnet", "vit", "mlp", "hf_image"])
 def test_examples_in_the_documentation_run(module: str) -> None:
     found = doctest.testmod(importlib.import_module(f"ortho_cli.models.{module}"))
     assert found.failed == 0

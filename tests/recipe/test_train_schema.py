@@ -21,6 +21,9 @@ RESNET = {"norm": "batch", "groups": 32, "shortcut": "A", "compat": None, "base"
 VIT = {"dim": 768, "mlp_ratio": 4.0, "dropout": 0.0, "base": None}
 MODELS: dict[str, dict[str, Any]] = {
     "resnet20": RESNET, "resnet32": RESNET, "resnet44": RESNET, "resnet56": RESNET, "resnet110": RESNET,
+    "resnet32x2": {"width": 1.0, "base": None},
+    "vgg19": {"width": 1.0, "base": None},
+    "wrn": {"depth": 28, "width": 10, "base": None},
     "vit-mini": {"patch": 8, "depth": 6, "heads": 6, "qkv_bias": False, **VIT},
     "vit-b16": {"patch": 16, "depth": 12, "heads": 12, "qkv_bias": True, **VIT},
     "mlp": {"hidden": [64, 64], "base": None},
@@ -45,6 +48,11 @@ METHODS: dict[str, dict[str, Any]] = {
         "mode": "inter", "groups": 32, "min_filters": 4, "penalty": 0.01, "targets": "conv", "normalize": False,
     },
     "peft": {"config": {"peft_type": "OFT"}},
+    "factorized": {
+        "rank": None, "rank_scale": 0.1, "target_ratio": None, "targets": "auto", "exclude": [], "spectral": True,
+        "square": False, "plain_start": None, "compat": None,
+    },
+    "frobenius_decay": {"penalty": 1e-4, "targets": ["**"], "exclude": [], "form": "auto"},
 }  # fmt: skip
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {"momentum": 0.0, "weight_decay": 0.0},
@@ -67,7 +75,10 @@ RUN = {
     "dir": "runs/x", "save_every": None, "save_every_steps": None, "keep": 2, "best": None, "trackers": [],
     "log_every": 10, "samples_every": None, "samples_every_steps": None,
 }  # fmt: skip
-REQUIRED = {"hf-image": "base: org/name", "peft": "config: {peft_type: OFT}", "multistep": "at: [1]"}
+REQUIRED = {
+    "hf-image": "base: org/name", "peft": "config: {peft_type: OFT}", "factorized": "rank_scale: 0.1",
+    "multistep": "at: [1]",
+}  # fmt: skip
 
 
 def given(name: str, more: str = "") -> str:
