@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from ortho_cli.cli.completion import presets, words
 from ortho_cli.cli.options import JsonOption
-from ortho_cli.errors import check_choice
+from ortho_cli.errors import UsageError, check_choice
 
 __all__ = ["app"]
 
@@ -90,3 +90,62 @@ def bench_gor(
         for result in results
     ]
     table(console_out(), ["form", "median ms", "fastest ms", "x faster"], rows)
+
+
+@app.command("hra")
+def bench_hra(
+    device: Annotated[str, typer.Option("--device", help="Where to train, e.g. cuda.")] = "cpu",
+    dims: Annotated[
+        str, typer.Option("--dims", metavar="N,...", help="Widths of the frozen layer.")
+    ] = "320,768,1280,2048,4096",
+    tokens: Annotated[str, typer.Option("--tokens", metavar="N,...", help="Rows of its input.")] = "512,4096",
+    ranks: Annotated[str, typer.Option("--ranks", metavar="N,...", help="Reflections, and the LoRAs' rank.")] = "8,32",
+    dtype: Annotated[
+        str, typer.Option("--dtype", autocompletion=words("fp32", "bf16"), help="fp32 or bf16, of the frozen layer.")
+    ] = "fp32",
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Each layer runs this often at most, shuffled.")] = 50,
+    seconds: Annotated[float, typer.Option("--seconds", min=0, help="Enough time for one size.")] = 10.0,
+    input_grad: Annotated[
+        bool, typer.Option("--input-grad/--no-input-grad", help="Whether the input needs a gradient.")
+    ] = True,
+    as_json: JsonOption = False,
+) -> None:
+    """A training step of one HRA layer, in time and memory, against LoRA and PEFT's HRA.
+
+    Example: ortho bench hra --dims 768,4096 --tokens 512
+    """
+    check_choice("--dtype", dtype, ("fp32", "bf16"))
+    sizes = [_numbers(name, text) for name, text in (("--dims", dims), ("--tokens", tokens), ("--ranks", ranks))]
+    from ortho_cli.cli.show import console_out, print_json, show_notes, table
+    from ortho_cli.methods.hra_benchmark import OURS, measure_hra, missing_peers, summary
+
+    settings: dict[str, Any] = {
+        "dtype": dtype, "rounds": rounds, "seconds": seconds, "input_grad": input_grad, "device": device,
+    }  # fmt: skip
+    cases = list(measure_hra(*sizes, **settings))
+    if as_json:
+        details = [case.as_dict() for case in cases]
+        notes = missing_peers()
+        print_json({"command": "bench hra", **settings, "details": details, "totals": summary(cases), "notes": notes})
+        return
+    totals = summary(cases)
+    rows: list[list[object]] = [
+        [case.dim, case.tokens, case.rank, f"{case.steps[OURS].median * 1e3:.2f}"]
+        + [f"{case.ratios()[peer]:.3f}" for peer in totals]
+        for case in cases
+    ]
+    for which in ("median", "highest"):
+        rows.append([which, "-", "-", "-", *(f"{spread[which]:.3f}" for spread in totals.values())])
+    table(console_out(), ["dim", "tokens", "rank", f"{OURS} ms", *(f"x {peer}" for peer in totals)], rows)
+    show_notes(console_out(), missing_peers())
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    """The numbers of a list that commas separate."""
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        found = [0]
+    if min(found) < 1:
+        raise UsageError(f"{option} {text!r} is no list of positive numbers", hint=f"e.g. {option} 512,4096")
+    return found

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import random
-import statistics
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ortho_cli.errors import NumericsError, UsageError
+from ortho_cli.errors import NumericsError
 
 from .gor import add_gor_gradients, gor_penalty
 from .gor_layers import select_layers
+from .side_by_side import Timing, check_device, shuffled_rounds, threads_of
 
 __all__ = ["NAIVE", "GorTiming", "measure_gor", "naive_penalty", "resnet110_convolutions"]
 
@@ -27,27 +25,14 @@ TOLERANCE = 1e-5
 
 
 @dataclass
-class GorTiming:
+class GorTiming(Timing):
     """Seconds of every round, against the loop's median."""
 
-    name: str
-    seconds: list[float] = field(default_factory=list)
     speedup: float = 1.0
-
-    @property
-    def median(self) -> float:
-        """Median seconds of a round."""
-        return statistics.median(self.seconds)
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json`."""
-        return {
-            "name": self.name,
-            "median_seconds": self.median,
-            "fastest_seconds": min(self.seconds),
-            "speedup": self.speedup,
-            "seconds": self.seconds,
-        }
+        return super().as_dict() | {"speedup": self.speedup}
 
 
 def measure_gor(
@@ -69,11 +54,8 @@ def measure_gor(
         UsageError: no such device here.
         NumericsError: the forms do not give the same value and gradients.
     """
-    _check_device(device)
-    before = torch.get_num_threads()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    try:
+    check_device(device)
+    with threads_of(threads):
         torch.manual_seed(0)
         model = resnet110_convolutions().to(device)
         layers, _, _ = select_layers(model, "conv", groups)
@@ -95,9 +77,9 @@ def measure_gor(
 
         forms = {NAIVE: naive, OURS_LOSS: by_loss, OURS_GRADIENT: by_gradient}
         _check_equal(model, forms)
-        return _time(forms, rounds, device)
-    finally:
-        torch.set_num_threads(before)
+        timed = shuffled_rounds(forms, rounds, device).values()
+    loop = next(iter(timed)).median
+    return [GorTiming(timing.name, timing.seconds, loop / timing.median) for timing in timed]
 
 
 def naive_penalty(model: nn.Module, groups: int, mode: str) -> Tensor:
@@ -127,17 +109,6 @@ def resnet110_convolutions() -> nn.Module:
     return nn.ModuleList(layers)
 
 
-def _check_device(device: str) -> None:
-    try:
-        kind = torch.device(device).type
-    except RuntimeError:
-        kind = "unknown"
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    if kind != "cpu" and (found is None or found.type != kind):
-        here = f"cpu and {found.type}" if found is not None else "only cpu"
-        raise UsageError(f"device {device!r} is not here", hint=f"there is {here}")
-
-
 def _check_equal(model: nn.Module, forms: dict[str, Callable[[], Tensor]]) -> None:
     """A faster form of something else is no result."""
     found: dict[str, tuple[float, list[Tensor]]] = {}
@@ -151,18 +122,3 @@ def _check_equal(model: nn.Module, forms: dict[str, Callable[[], Tensor]]) -> No
         error = max(float((a - b).abs().max()) for a, b in zip(own, gradients, strict=True)) / largest
         if not (abs(value - expected) <= TOLERANCE * expected and error <= TOLERANCE):
             raise NumericsError(f"{name!r} gives {value}, the loop {expected}; gradients differ by {error:.1e}")
-
-
-def _time(forms: dict[str, Callable[[], Tensor]], rounds: int, device: str) -> list[GorTiming]:
-    timings = {name: GorTiming(name) for name in forms}
-    order = random.Random(0)
-    for _ in range(rounds):
-        for name in order.sample(list(forms), len(forms)):
-            start = time.perf_counter()
-            forms[name]()
-            if device != "cpu":
-                torch.accelerator.synchronize()
-            timings[name].seconds.append(time.perf_counter() - start)
-    for timing in timings.values():
-        timing.speedup = timings[NAIVE].median / timing.median
-    return list(timings.values())

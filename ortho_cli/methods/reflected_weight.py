@@ -1,4 +1,4 @@
-r"""The other form of a reflected layer: `W D = W + B A`, `A = V^T`, `B = -2 (W V) F`, without ever forming `W D`.
+r"""The other form of a reflected layer: `W D = W + B A`, `A = U^T`, `B = W U M`, without ever forming `W D`.
 
 It costs two products with the weight, and saves the product that a layer whose input needs no gradient would do only
 for the vectors' sake; for convolutions it is the only form. The weight is multiplied, never copied or cast.
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .reflecting import Form, autocast_off, directions, gram_gradient, inner_factor, to_autocast
+from .reflecting import Form, autocast_off, directions, gram_gradient, inner_factor, lengths_for, to_autocast
 
 __all__ = ["low_rank_factors", "reflected_output"]
 
@@ -39,10 +39,11 @@ def low_rank_factors(
     [[-1.0, 0.0], [0.0, 1.0]]
     """
     with autocast_off(vectors):
-        columns, _ = directions(vectors, start, form.eps)
-        factor = inner_factor(columns, form, columns.shape[1] - vectors.shape[1])
+        lengths = lengths_for(torch.float16, vectors, form.eps)  # in whatever type the factors will be used
+        columns = directions(vectors, start, lengths)
+        factor = inner_factor(columns, form, columns.shape[1] - vectors.shape[1], lengths)
         product = multiply(columns).to(columns.dtype)
-        return -2 * (product @ (factor.T if form.transpose else factor)), columns.T
+        return product @ (factor.T if form.transpose else factor), columns.T
 
 
 def reflected_output(
@@ -74,10 +75,11 @@ class _ReflectedOutput(torch.autograd.Function):
     def forward(
         ctx: Any, output: Tensor, x: Tensor, weight: Tensor, vectors: Tensor, start: Tensor | None, form: Form
     ) -> Tensor:
-        columns, lengths = directions(vectors, start, form.eps)
-        factor = inner_factor(columns, form, columns.shape[1] - vectors.shape[1])
+        lengths = lengths_for(x.dtype, vectors, form.eps)
+        columns = directions(vectors, start, lengths)
+        factor = inner_factor(columns, form, columns.shape[1] - vectors.shape[1], lengths)
         acting = factor.T if form.transpose else factor
-        up = -2 * ((weight @ columns.to(weight.dtype)).to(columns.dtype) @ acting)
+        up = (weight @ columns.to(weight.dtype)).to(columns.dtype) @ acting
         inner = x.reshape(-1, x.shape[-1]) @ columns.to(x.dtype)
         rows = output.reshape(-1, output.shape[-1])
         ctx.form = form
@@ -94,16 +96,15 @@ class _ReflectedOutput(torch.autograd.Function):
 def _vectors_gradient(ctx: Any, grad: Tensor) -> Tensor:
     x, weight, vectors, start, inner, lengths, factor, up = ctx.saved_tensors
     form: Form = ctx.form
-    columns = vectors.to(factor.dtype) / lengths
-    if start is not None:
-        columns = torch.cat([start.to(columns.dtype), columns], dim=1)
+    columns = directions(vectors, start, lengths)
     frozen = columns.shape[1] - vectors.shape[1]
     acting = factor.T if form.transpose else factor
     rows = grad.reshape(-1, grad.shape[-1])
     grad_up = (rows.T @ inner.to(rows.dtype)).to(columns.dtype) @ acting.T
-    core = -(up.T @ grad_up)
+    core = up.T @ grad_up
     outer = (x.reshape(-1, x.shape[-1]).T @ (rows @ up.to(rows.dtype)).to(x.dtype)).to(columns.dtype)
-    outer -= 2 * (weight.T @ grad_up.to(weight.dtype))
+    outer += weight.T @ grad_up.to(weight.dtype)
     outer.addmm_(columns, gram_gradient(core.T if form.transpose else core, form, frozen))
-    gradient: Tensor = (outer[:, frozen:] / lengths).to(vectors.dtype)
+    outer = outer[:, frozen:]
+    gradient: Tensor = (outer if lengths is None else outer / lengths).to(vectors.dtype)
     return gradient

@@ -1,8 +1,8 @@
 r"""Reflections of activations as one autograd step: `x D^T` at the cost of a LoRA, saving what a LoRA saves.
 
-With unit columns `V (d, r)` and `F = (I + 2 striu(V^T V))^-1`, `D = I - 2 V F V^T`. Forward is two products with
-`d x r` factors, backward four, and a few of size `r`. Saved are the input and its `r` coordinates, as by LoRA; `V` is
-made anew from the vectors. The Gram-Schmidt form is the same with `F = (V^T V)^-1`: no basis is computed.
+`D = I + U M U^T` with `M = -(striu(U^T U) + diag(U^T U) / 2)^-1` for columns `U (d, r)` of any length. Forward is two
+products with `d x r` factors, backward four, and a few of size `r`. Saved are the input and its `r` coordinates, as by
+LoRA, and `M`. The Gram-Schmidt form is the same with `M = -2 (U^T U)^-1`: no basis is computed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-__all__ = ["PLAIN", "Form", "autocast_off", "directions", "gram_gradient", "inner_factor", "reflect", "to_autocast"]
+__all__ = [
+    "PLAIN", "Form", "autocast_off", "directions", "gram_gradient", "inner_factor", "lengths_for", "reflect",
+    "to_autocast",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ def reflect(x: Tensor, vectors: Tensor, *, form: Form = PLAIN, start: Tensor | N
     once, in `x` and `vectors`.
     Reference: HRA, arXiv:2405.17484, eq. (2)-(4).
 
-    >>> reflect(torch.tensor([1.0, 2.0]), torch.tensor([[0.0], [5.0]])).tolist()
+    >>> reflect(torch.tensor([1.0, 2.0]), torch.tensor([[0.0], [4.0]])).tolist()
     [1.0, -2.0]
     """
     if x.shape[-1] != vectors.shape[0]:
@@ -78,56 +81,72 @@ def autocast_off(x: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
-def directions(vectors: Tensor, start: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
-    """The columns `V` at unit length (soft: shorter), after those of a frozen start; and the lengths they had."""
-    wide = vectors if vectors.dtype in (torch.float32, torch.float64) else vectors.float()
-    lengths = torch.linalg.vector_norm(wide, dim=0)
-    if eps:
-        lengths = (lengths.square() + eps).sqrt()
-    columns = wide / lengths
-    return columns if start is None else torch.cat([start.to(columns.dtype), columns], dim=1), lengths
+def lengths_for(dtype: torch.dtype, vectors: Tensor, eps: float) -> Tensor | None:
+    """What to divide columns by before products in a type: float16 has no room for lengths, others need no division."""
+    if dtype != torch.float16:
+        return None
+    lengths: Tensor = torch.linalg.vector_norm(_wide(vectors), dim=0)
+    return (lengths.square() + eps).sqrt() if eps else lengths
 
 
-def inner_factor(columns: Tensor, form: Form, frozen: int) -> Tensor:
-    """`F (r, r)` with `D = I - 2 V F V^T`; `frozen` columns of a start come first."""
+def directions(vectors: Tensor, start: Tensor | None, lengths: Tensor | None) -> Tensor:
+    """The columns `U`, in at least float32, after those of a frozen start."""
+    columns = _wide(vectors)
+    if lengths is not None:
+        columns = columns / lengths
+    return columns if start is None else torch.cat([start.to(columns.dtype), columns], dim=1)
+
+
+def inner_factor(columns: Tensor, form: Form, frozen: int, lengths: Tensor | None) -> Tensor:
+    """`M (r, r)` with `D = I + U M U^T`; `frozen` columns of a start come first."""
     eye = torch.eye(columns.shape[1], dtype=columns.dtype, device=columns.device)
-    gram = torch.addmm(eye, columns.T, columns, beta=0, alpha=1 if form.span else 2)
-    if not form.span:
-        # Only the part above the diagonal is read, so a chain needs no mask: F = (I + striu(2 V^T V))^-1.
-        factor: Tensor = torch.linalg.solve_triangular(gram, eye, upper=True, unitriangular=True)
-        return factor
-    if frozen:  # two spans, one after the other: block upper triangular
-        gram = torch.cat(
-            [
-                torch.cat([gram[:frozen, :frozen], 2 * gram[:frozen, frozen:]], dim=1),
-                torch.cat([torch.zeros_like(gram[frozen:, :frozen]), gram[frozen:, frozen:]], dim=1),
-            ]
-        )
-    inverse: Tensor = torch.linalg.inv_ex(gram.double()).inverse
-    return inverse.to(columns.dtype)
+    minus = torch.addmm(eye, columns.T, columns, beta=0, alpha=-1)
+    if form.span:
+        inverse: Tensor = torch.linalg.inv_ex(_blocks(minus, frozen).double()).inverse
+        return inverse.to(columns.dtype)
+    diagonal = minus.diagonal()
+    if form.eps:
+        diagonal.sub_(form.eps if lengths is None else form.eps / lengths.square())
+    diagonal.mul_(0.5)  # what is below is not read
+    factor: Tensor = torch.linalg.solve_triangular(minus, eye, upper=True)
+    return factor
 
 
 def gram_gradient(grad: Tensor, form: Form, frozen: int) -> Tensor:
-    """What the gradient of `F^-1` means for `V`: its product with `V` from the left is to be added, symmetric."""
+    """What the gradient of `M^-1` means for `U`: its product with `U` is to be added; symmetric."""
     if not form.span:
-        return 2 * (grad.triu() + grad.triu(1).T)  # the diagonal is |v|^2, of which only the direction of v matters
-    part = grad.clone()
-    part[:frozen, frozen:] *= 2
-    part[frozen:, :frozen] = 0
+        return grad.triu() + grad.triu(1).T
+    part = _blocks(grad, frozen)
     return part + part.T
+
+
+def _blocks(gram: Tensor, frozen: int) -> Tensor:
+    """Of two spans that act one after the other: half of each one's Gram, all of the products above, none below."""
+    if not frozen:
+        return gram / 2
+    part = gram.clone()
+    part[:frozen, :frozen] /= 2
+    part[frozen:, frozen:] /= 2
+    part[frozen:, :frozen] = 0
+    return part
+
+
+def _wide(vectors: Tensor) -> Tensor:
+    return vectors if vectors.dtype in (torch.float32, torch.float64) else vectors.float()
 
 
 class _Reflect(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, vectors: Tensor, start: Tensor | None, form: Form) -> Tensor:
-        columns, lengths = directions(vectors, start, form.eps)
-        factor = inner_factor(columns, form, columns.shape[1] - vectors.shape[1])
+        lengths = lengths_for(x.dtype, vectors, form.eps)
+        columns = directions(vectors, start, lengths)
+        factor = inner_factor(columns, form, columns.shape[1] - vectors.shape[1], lengths)
         turned = columns @ (factor.T if form.transpose else factor)
         rows = x.reshape(-1, x.shape[-1])
         inner = rows @ columns.to(x.dtype)
         ctx.form = form
         ctx.save_for_backward(x, vectors, start, inner, lengths, factor)
-        return torch.addmm(rows, inner, turned.to(x.dtype).T, alpha=-2).view(x.shape)
+        return torch.addmm(rows, inner, turned.to(x.dtype).T).view(x.shape)
 
     @staticmethod
     @once_differentiable
@@ -139,28 +158,21 @@ class _Reflect(torch.autograd.Function):
 def _reflect_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
     x, vectors, start, inner, lengths, factor = ctx.saved_tensors
     form: Form = ctx.form
-    columns = vectors.to(factor.dtype) / lengths
-    if start is not None:
-        columns = torch.cat([start.to(columns.dtype), columns], dim=1)
+    columns = directions(vectors, start, lengths)
     acting = factor.T if form.transpose else factor
     turned = columns @ acting
     rows = grad.reshape(-1, grad.shape[-1])
     back = rows @ turned.to(x.dtype)
     grad_x = grad_vectors = None
     if ctx.needs_input_grad[0]:
-        grad_x = torch.addmm(rows, back, columns.to(x.dtype).T, alpha=-2).view(grad.shape)
+        grad_x = torch.addmm(rows, back, columns.to(x.dtype).T).view(grad.shape)
     if ctx.needs_input_grad[1]:
         frozen = columns.shape[1] - vectors.shape[1]
-        # Products of long factors are taken as (r, d), the faster side of BLAS. First the V on the right, then, in one
-        # sum, that on the left.
+        # Products of long factors are taken as (r, d), the faster side of BLAS, and turned by the last sum.
         outer = acting @ (inner.T @ rows).to(columns.dtype)
         core = outer @ turned
-        if x.dtype == outer.dtype:
-            outer.addmm_(back.T, x.reshape(-1, x.shape[-1]))
-        else:
-            outer += back.T @ x.reshape(-1, x.shape[-1])
+        outer += back.T @ x.reshape(-1, x.shape[-1])
         core = gram_gradient(core if form.transpose else core.T, form, frozen)
-        outer = torch.addmm(outer, core, columns.T, beta=-2, alpha=2)
-        grad_vectors = torch.div(outer[frozen:].T, lengths, out=torch.empty_like(vectors, dtype=outer.dtype))
-        grad_vectors = grad_vectors.to(vectors.dtype)
+        full = torch.addmm(outer.T, columns, core)[:, frozen:]
+        grad_vectors = (full if lengths is None else full / lengths).to(vectors.dtype)
     return grad_x, grad_vectors, None, None
