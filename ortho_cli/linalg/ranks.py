@@ -131,8 +131,10 @@ def scale_for_parameters(
             hint="raise the target or factor more layers",
         )
     steps = sorted({(2 * k + 1) / (2 * base) for base in map(_base, layers) for k in range(base)})
-    # Between two steps nothing changes: the middle of each interval stands for all of it.
-    scales = [(low + high) / 2 for low, high in zip([0.0, *steps], [*steps, 1.0], strict=True)]
+    # On a step, where halves go to the even neighbour, some layers have moved; between two steps nothing does, so that
+    # the middle stands for all of an interval.
+    between = [(low + high) / 2 for low, high in zip([0.0, *steps], [*steps, 1.0], strict=True)]
+    scales = sorted([*steps, *between])
     place = bisect_right(scales, target * total, key=lambda trial: _choose(layers, others, trial, keep=True).parameters)
     near = [_choose(layers, others, scale, keep=True) for scale in scales[place - 1 : place + 1]]
     return min(near, key=lambda choice: abs(choice.parameters - target * total))
