@@ -128,7 +128,7 @@ def _report(recipe: str, outcomes: list[Outcome], *, as_json: bool, quiet: bool)
         print_json({
             "command": "train", "inputs": [recipe],
             "outputs": [output for outcome in outcomes for output in _outputs(outcome)],
-            "layers": None, "parameters": sum(outcome.trainable for outcome in outcomes),
+            "layers": 0, "parameters": sum(outcome.trainable for outcome in outcomes),
             "details": [vars(outcome) for outcome in outcomes],
             "totals": {"runs": len(outcomes), "steps": sum(outcome.step for outcome in outcomes)},
             "notes": list(dict.fromkeys(note for outcome in outcomes for note in outcome.notes)),

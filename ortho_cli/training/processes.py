@@ -40,7 +40,6 @@ def open_accelerator(recipe: Any) -> Accelerator:
     phases = registry.resolve("tasks", recipe.task.name).phases
     accelerator = Accelerator(
         mixed_precision=PRECISION[recipe.train.precision],
-        cpu=os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes"),
         log_with=trackers or None,
         project_config=ProjectConfiguration(project_dir=recipe.run.dir, logging_dir=f"{recipe.run.dir}/trackers"),
         # A phase trains a part of the model and leaves the rest without gradients.
@@ -67,7 +66,7 @@ def open_accelerator(recipe: Any) -> Accelerator:
     return accelerator
 
 
-def on_main(accelerator: Accelerator, action: Callable[[], None]) -> None:
+def on_main(accelerator: Accelerator, action: Callable[[], object]) -> None:
     """Let the main process act while the others wait; what it refuses, all refuse.
 
     Raises:

@@ -81,7 +81,7 @@ def ortho(*words: str, processes: int = 1, **environment: str) -> subprocess.Com
     """`ortho WORDS` in another process, or in several that know each other."""
     start = [sys.executable, "-m"]
     if processes > 1:
-        start += ["torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0", "-m"]
+        start += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
     own = {**os.environ, "ACCELERATE_USE_CPU": "true", **environment}
     return subprocess.run([*start, "ortho_cli", *words], env=own, capture_output=True, text=True, timeout=280)
 
