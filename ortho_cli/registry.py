@@ -42,6 +42,10 @@ TABLES: dict[str, dict[str, str]] = {
     "tasks": {
         "classify": "ortho_cli.tasks.classify:ClassifyTask",
     },
+    # What `evaluate` says of a task's outputs beyond its own metrics.
+    "judges": {
+        "classify": "ortho_cli.analysis.classification:JUDGE",
+    },
     # What a recipe may do to a model while it trains.
     "methods": {
         "hra": "ortho_cli.methods.hra:HRAMethod",

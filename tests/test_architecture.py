@@ -127,8 +127,9 @@ def test_registry_entries_resolve() -> None:
 
 
 VERBS = [
-    [], ["inspect"], ["add-hra"], ["merge"], ["convert"], ["train"], ["doctor"], ["demo"],
-    ["bench"], ["bench", "surgery"], ["bench", "gor"],
+    [], ["inspect"], ["add-hra"], ["merge"], ["convert"], ["train"], ["evaluate"], ["doctor"], ["demo"],
+    ["bench"], ["bench", "surgery"], ["bench", "gor"], ["bench", "hra"],
+    ["analyze"], ["analyze", "runs"],
     ["recipe"], ["recipe", "list"], ["recipe", "show"], ["recipe", "check"], ["recipe", "schema"], ["recipe", "copy"],
 ]  # fmt: skip
 
@@ -158,5 +159,5 @@ def test_help_loads_nothing_heavy(verb: list[str]) -> None:
     loaded = {name.split(".")[0] for name in json.loads(done.stderr)}
     assert not loaded & (HEAVY | {"yaml", "huggingface_hub", "safetensors", "sklearn"})
     assert "Usage: ortho" in done.stdout
-    if verb not in ([], ["recipe"], ["bench"]):
+    if verb not in ([], ["recipe"], ["bench"], ["analyze"]):
         assert "Example" in done.stdout or verb[0] == "recipe"

@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from ortho_cli import __version__
-from ortho_cli.cli import add_hra, analyze, bench, convert, demo, doctor, inspect, merge, recipe, train
+from ortho_cli.cli import add_hra, analyze, bench, convert, demo, doctor, evaluate, inspect, merge, recipe, train
 from ortho_cli.errors import OrthoError, UsageError
 
 __all__ = ["OrthoGroup", "app", "main"]
@@ -115,6 +115,7 @@ app.command("add-hra", rich_help_panel=CHECKPOINTS)(add_hra.add_hra)
 app.command("merge", rich_help_panel=CHECKPOINTS)(merge.merge)
 app.command("convert", rich_help_panel=CHECKPOINTS)(convert.convert)
 app.command("train", rich_help_panel=TRAINING)(train.train)
+app.command("evaluate", rich_help_panel=TRAINING)(evaluate.evaluate)
 app.add_typer(analyze.app, name="analyze", cls=OrthoGroup, rich_help_panel=ANALYSIS)
 app.add_typer(recipe.app, name="recipe", cls=OrthoGroup, rich_help_panel=HELP)
 app.add_typer(bench.app, name="bench", cls=OrthoGroup, rich_help_panel=HELP)

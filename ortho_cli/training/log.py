@@ -8,11 +8,11 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from ortho_cli.errors import CheckpointError
+from ortho_cli.analysis.run_folder import read_lines
 
 __all__ = ["JsonLines", "finite", "read_lines"]
 
@@ -57,24 +57,6 @@ def finite(values: Mapping[str, Any]) -> dict[str, Any]:
     return {
         key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in values.items()
     }
-
-
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file; an unfinished last line (a killed run) is passed over.
-
-    Raises:
-        CheckpointError: a line before the last is damaged.
-    """
-    lines = path.read_text("utf-8").split("\n")
-    for number, line in enumerate(lines, 1):
-        if not line:
-            continue
-        try:
-            yield json.loads(line)
-        except ValueError as error:
-            if number == len(lines):
-                return
-            raise CheckpointError(f"{path.name}:{number} is damaged", where=str(path)) from error
 
 
 def _cut(path: Path, step: int) -> None:

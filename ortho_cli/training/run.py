@@ -17,6 +17,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from ortho_cli.analysis.run_report import write_run_report
 from ortho_cli.errors import NumericsError, OrthoError
 
 from .debug_run import overfit_verdict, profiled
@@ -111,6 +112,7 @@ def train(
         counters.best_step, exports, session.notes,
     )  # fmt: skip
     on_main(accelerator, lambda: write_json(folder / OUTCOME, asdict(outcome)))
+    on_main(accelerator, lambda: write_run_report(folder))
     return outcome
 
 

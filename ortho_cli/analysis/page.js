@@ -1,0 +1,57 @@
+// Draws the figures of the page, in the colours of the reader's system, and again when either changes.
+(() => {
+  const { themes, font } = JSON.parse(document.getElementById("style").textContent);
+  const dark = window.matchMedia("(prefers-color-scheme: dark)");
+  const NARROW = 520; // pixels: names beside the lines would take too much of it
+  const CONFIG = { displaylogo: false, responsive: true, modeBarButtons: [["toImage", "resetScale2d"]] };
+
+  function layout(figure, width) {
+    const { ink } = themes[dark.matches ? "dark" : "light"];
+    const axis = { gridcolor: ink.grid, linecolor: ink.grid, tickfont: { color: ink.faint }, ticks: "", automargin: true };
+    const legend = figure.meta.labelled && width < NARROW;
+    const made = {
+      ...figure.layout,
+      height: figure.meta.height + (legend ? 40 : 0),
+      paper_bgcolor: "rgba(0,0,0,0)",
+      plot_bgcolor: "rgba(0,0,0,0)",
+      font: { family: font, size: 12.5, color: ink.text },
+      hoverlabel: { bgcolor: ink.paper, bordercolor: ink.grid, font: { family: font, size: 12.5, color: ink.text } },
+      modebar: { bgcolor: "rgba(0,0,0,0)", color: ink.faint, activecolor: ink.text },
+      xaxis: { ...axis, ...figure.layout.xaxis },
+      yaxis: { ...axis, ...figure.layout.yaxis },
+    };
+    for (const name of ["xaxis", "yaxis"]) {
+      if (made[name].title) made[name].title = { ...made[name].title, font: { size: 12.5, color: ink.faint } };
+    }
+    if (legend) {
+      Object.assign(made, { annotations: [], showlegend: true, margin: { ...made.margin, r: 14, b: 86 } });
+    }
+    return made;
+  }
+
+  function traces(figure) {
+    const theme = themes[dark.matches ? "dark" : "light"];
+    const colors = theme[figure.meta.scale];
+    return figure.data.map((trace) => {
+      if (trace.type === "heatmap") {
+        const colorscale = colors.map((color, place) => [place / (colors.length - 1), color]);
+        const font = { size: 12.5, color: theme.ink.faint };
+        const title = { ...trace.colorbar.title, font };
+        return { ...trace, colorscale, colorbar: { ...trace.colorbar, title, tickfont: font } };
+      }
+      return trace.error_x ? { ...trace, error_x: { ...trace.error_x, color: theme.ink.faint } } : trace;
+    });
+  }
+
+  const plots = [...document.querySelectorAll(".plot")];
+  const draw = (plot) => {
+    const figure = JSON.parse(plot.previousElementSibling.textContent);
+    return Plotly.react(plot, traces(figure), layout(figure, plot.clientWidth), CONFIG);
+  };
+  plots.forEach(draw);
+  dark.addEventListener("change", () => plots.forEach(draw));
+  let narrow = window.innerWidth < NARROW;
+  window.addEventListener("resize", () => {
+    if (narrow !== (narrow = window.innerWidth < NARROW)) plots.forEach(draw);
+  });
+})();
