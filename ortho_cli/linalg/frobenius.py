@@ -20,7 +20,7 @@ __all__ = ["add_decay_gradients_", "decay_gradients"]
 
 # On an accelerator launches are what costs, so layers of one shape go in one batched call, up to this many entries of
 # their factors. On a CPU the copies into a batch cost more than they save.
-BUCKET_ENTRIES = 2**24
+UNBATCHED, BUCKET_ENTRIES = ("cpu",), 2**24
 
 
 def decay_gradients(u: Tensor, vt: Tensor, mid: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -119,7 +119,7 @@ def _buckets(factors: Sequence[tuple[Tensor, ...]]) -> Iterator[list[int]]:
     """Indices of layers that are done together."""
     alike: dict[tuple[Any, ...], list[int]] = {}
     for index, parts in enumerate(factors):
-        if parts[0].device.type == "cpu":
+        if parts[0].device.type in UNBATCHED:
             yield [index]
         else:
             key = (parts[0].device, *((part.shape, part.dtype) for part in parts))
