@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 __all__ = ["BLOCK_BYTES", "TensorReader", "open_input", "row_blocks", "tensor_bytes"]
 
 # Rows of a large weight are read in blocks of about this size: large enough that a disk streams, small enough that
-# a handful of them (block, upcast copy, product) stay far below the memory budget.
-BLOCK_BYTES = 4 * 2**20
+# the block and what is computed from it (upcast copy, product, difference) stay in a core's cache from step to step.
+BLOCK_BYTES = 2 * 2**20
 
 
 def open_input(info: TensorInfo) -> int:

@@ -13,11 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ortho_cli.checkpoints.writer import write_file
 from ortho_cli.errors import CheckpointError
 
-__all__ = ["Timing", "measure_surgery", "run_once", "run_rounds"]
+__all__ = ["START_UP", "Timing", "measure_surgery", "run_once", "run_rounds"]
 
 COPY = "copy + fsync"
+START_UP = "start-up, torch included"  # what a verb costs on a file without tensors
 # Runs in a fresh interpreter, as whoever merges with plain safetensors would write it.
 LOAD_SAVE = (
     "import sys; from safetensors.torch import load_file, save_file; "
@@ -27,6 +29,7 @@ COPY_SYNC = (
     "import os, shutil, sys; shutil.copyfile(sys.argv[1], sys.argv[2]); "
     "f = os.open(sys.argv[2], os.O_RDWR); os.fsync(f)"
 )
+START = "import torch; from ortho_cli.__main__ import main; main()"
 ORTHO = (sys.executable, "-m", "ortho_cli")
 
 
@@ -75,9 +78,11 @@ def measure_surgery(
         place = Path(scratch)
         out, adapter, source = str(place / "out.safetensors"), str(place / "adapter"), str(checkpoint)
         run_once([*ORTHO, "add-hra", source, "-o", adapter, "-q", *choice])
+        empty = str(place / "empty.safetensors")
+        write_file(Path(empty), [], {"format": "pt"})
         commands = {
             COPY: [sys.executable, "-c", COPY_SYNC, source, out],
-            "import torch": [sys.executable, "-c", "import torch"],
+            START_UP: [sys.executable, "-c", START, "inspect", empty, "--json"],
             "ortho inspect": [*ORTHO, "inspect", source],
             "ortho add-hra --as adapter": [*ORTHO, "add-hra", source, "-o", str(place / "folder"), "-q", *choice],
             "ortho add-hra --as checkpoint": [*ORTHO, "add-hra", source, "-o", out, "-q", *choice],

@@ -177,6 +177,23 @@ def test_copies_without_the_kernel(
     assert equal_files(tmp_path / "out", source[1])
 
 
+def test_a_disk_that_takes_no_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Writing back early is asked for where it pays, and only asked for."""
+    asked: list[int] = []
+
+    def refuse(descriptor: int, offset: int, count: int, advice: int) -> None:
+        asked.append(count)
+        raise OSError(errno.ENOSYS, "no advice")
+
+    monkeypatch.setattr(os, "posix_fadvise", refuse, raising=False)
+    tensors = {"a": torch.arange(400_000.0), "b": torch.arange(300_000.0), "c": torch.ones(3)}
+    save_file(tensors, tmp_path / "in.safetensors")
+    infos = open_checkpoint(tmp_path / "in.safetensors").tensors
+    write_file(tmp_path / "out.safetensors", [copied(infos["a"]), of("b", tensors["b"], 3), of("c", tensors["c"])], {})
+    assert equal_files(tmp_path / "out.safetensors", tensors)
+    assert sorted(asked) == [1_200_000, 1_600_000]
+
+
 def test_progress_counts_every_byte(source: tuple[Path, Tensors], tmp_path: Path) -> None:
     counts: list[int] = []
     pieces = [*(copied(info) for info in open_checkpoint(source[0]).tensors.values()), of("new", torch.ones(99), 3)]

@@ -171,6 +171,23 @@ class TestArithmetic:
         assert detail["largest_angle"] == pytest.approx(2 * float(torch.acos(cosine)), rel=1e-6)
         assert (detail["name"], detail["kind"], detail["rank"], detail["shape"]) == ("net.q", "hra", 2, [24, 16])
 
+    def test_the_change_of_huge_weights_has_a_size(self, tmp_path: Path) -> None:
+        """Their squares are beyond float32."""
+        weights = {name: tensor * 1e25 if name.endswith("weight") else tensor for name, tensor in model().items()}
+        save_file(weights, tmp_path / "huge.safetensors")
+        adapter, _ = hra(tmp_path / "hra")
+        report = merge(tmp_path / "huge.safetensors", [adapter], tmp_path / "out.safetensors")
+        merged = read(tmp_path / "out.safetensors")
+        for detail in report.details:
+            name = f"{detail['name']}.weight"
+            assert detail["relative_change"] == pytest.approx(relative_error(merged[name], weights[name]), rel=1e-4)
+
+    def test_torch_has_its_threads_back(self, base: Path, tmp_path: Path) -> None:
+        threads = torch.get_num_threads()
+        adapter, _ = hra(tmp_path / "hra")
+        merge(base, [adapter], tmp_path / "out.safetensors", dtype="bf16")
+        assert torch.get_num_threads() == threads
+
 
 class TestDtype:
     @pytest.mark.parametrize(("option", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16), ("fp32", None)])
