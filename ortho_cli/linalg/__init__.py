@@ -8,20 +8,30 @@
 | `lowrank.py`, `kronecker.py`, `dora.py` | LoRA and LoCon, LoHa and LoKr, DoRA |
 | `cayley.py`, `rotation.py` | OFT: blocks from stored parameters, block rotations, angles |
 | `group.py` | group orthogonality (GOR): penalties on small sets of filters, with their gradients |
+| `matricize.py`, `spectral.py`, `subspace_iteration.py` | weights as matrices; their best low-rank factors |
+| `ranks.py`, `budget.py` | which rank a layer gets; the ranks of all layers for one budget |
+| `product.py`, `frobenius.py`, `heads.py` | factored products: measured, balanced, decayed; those of attention |
+| `tensor.py`, `tensor_train.py` | a weight as a tensor train or a Tucker form, and computing with it |
 | `precision.py` | which dtypes are computed in and which are refused |
 """
 
 from __future__ import annotations
 
+from ortho_cli.linalg.budget import budget_ranks
 from ortho_cli.linalg.cayley import cayley, cayley_neumann, diag_oft, limit_skew, skew_from_upper, skew_part
 from ortho_cli.linalg.dora import Dora
+from ortho_cli.linalg.frobenius import add_decay_gradients_, decay_gradients
 from ortho_cli.linalg.group import group_penalty
 from ortho_cli.linalg.householder import Householder
 from ortho_cli.linalg.kronecker import Hadamard, Kronecker
 from ortho_cli.linalg.lowrank import LowRank, fold_core
+from ortho_cli.linalg.matricize import Matricization
 from ortho_cli.linalg.operator import Chain, Operator, Transposed
+from ortho_cli.linalg.product import non_orthogonality, nuclear_norm, product_norm, rebalance
+from ortho_cli.linalg.ranks import LayerSize, energy_rank, error_rank, scale_for_parameters, scaled_rank
 from ortho_cli.linalg.reflections import normalize, orthonormalize, reflect_activations, reflect_weight, wy_factor
 from ortho_cli.linalg.rotation import BlockRotation, Rescale, orthogonality_defect, plane_angles
+from ortho_cli.linalg.spectral import relative_error, singular_values, spectral_factors
 from ortho_cli.linalg.starts import orthonormal_start, pad_pairs, paired_start
 
 __all__ = [
@@ -31,26 +41,42 @@ __all__ = [
     "Hadamard",
     "Householder",
     "Kronecker",
+    "LayerSize",
     "LowRank",
+    "Matricization",
     "Operator",
     "Rescale",
     "Transposed",
+    "add_decay_gradients_",
+    "budget_ranks",
     "cayley",
     "cayley_neumann",
+    "decay_gradients",
     "diag_oft",
+    "energy_rank",
+    "error_rank",
     "fold_core",
     "group_penalty",
     "limit_skew",
+    "non_orthogonality",
     "normalize",
+    "nuclear_norm",
     "orthogonality_defect",
     "orthonormal_start",
     "orthonormalize",
     "pad_pairs",
     "paired_start",
     "plane_angles",
+    "product_norm",
+    "rebalance",
     "reflect_activations",
     "reflect_weight",
+    "relative_error",
+    "scale_for_parameters",
+    "scaled_rank",
+    "singular_values",
     "skew_from_upper",
     "skew_part",
+    "spectral_factors",
     "wy_factor",
 ]

@@ -7,7 +7,7 @@ weight decay does for a dense one. No autograd, and no product as long as the sm
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -18,8 +18,8 @@ from ortho_cli.linalg.product import prefers_product
 
 __all__ = ["add_decay_gradients_", "decay_gradients"]
 
-# On an accelerator launches are what costs, so layers of one shape go in one batched call, up to this many entries of
-# their factors. On a CPU the copies into a batch cost more than they save.
+# On an accelerator launches are what costs, so layers of one shape go in one batched call of up to so many entries of
+# their factors. On a CPU the copies into a batch cost what they save.
 UNBATCHED, BUCKET_ENTRIES = ("cpu",), 2**24
 
 
@@ -68,19 +68,17 @@ def add_decay_gradients_(
     """
     if len(factors) != len(gradients):
         raise ValueError(f"{len(factors)} layers and gradients of {len(gradients)}")
-    with torch.no_grad():
+    with torch.no_grad(), _in_full({parts[0].device.type for parts in factors}):
         for members in _buckets(factors):
-            with _in_full(factors[members[0]][0]):
-                if len(members) == 1:
-                    (index,) = members
-                    for total, (left, right) in zip(gradients[index], _terms(*factors[index]), strict=True):
-                        _add_product_(total, left, right, coef)
-                    continue
-                stacked = (torch.stack(parts) for parts in zip(*(factors[index] for index in members), strict=True))
-                for place, (left, right) in enumerate(_terms(*stacked)):
-                    totals = [gradients[index][place] for index in members]
-                    found = (left @ right).to(totals[0].dtype)
-                    torch._foreach_add_(totals, list(found.unbind()), alpha=coef)
+            if len(members) == 1:
+                (index,) = members
+                for total, (left, right) in zip(gradients[index], _terms(*factors[index]), strict=True):
+                    _add_product_(total, left, right, coef)
+                continue
+            stacked = (torch.stack(parts) for parts in zip(*(factors[index] for index in members), strict=True))
+            for place, (left, right) in enumerate(_terms(*stacked)):
+                totals = [gradients[index][place] for index in members]
+                torch._foreach_add_(totals, (left @ right).to(totals[0].dtype).unbind(), alpha=coef)
 
 
 def _terms(u: Tensor, vt: Tensor, mid: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
@@ -122,14 +120,18 @@ def _buckets(factors: Sequence[tuple[Tensor, ...]]) -> Iterator[list[int]]:
         if parts[0].device.type in UNBATCHED:
             yield [index]
         else:
-            key = (parts[0].device, *((part.shape, part.dtype) for part in parts))
+            key = (parts[0].device, parts[0].dtype, *(part.shape for part in parts))
             alike.setdefault(key, []).append(index)
     for members in alike.values():
         room = max(1, BUCKET_ENTRIES // sum(part.numel() for part in factors[members[0]]))
         yield from (members[first : first + room] for first in range(0, len(members), room))
 
 
-def _in_full(tensor: Tensor) -> AbstractContextManager[Any]:
+@contextmanager
+def _in_full(devices: set[str]) -> Iterator[None]:
     """No autocast: squares of small weights vanish in half precision."""
-    device = tensor.device.type
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    with ExitStack() as stack:
+        for device in devices:
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield

@@ -138,9 +138,8 @@ def test_decay_of_one_matrix_is_weight_decay() -> None:
 @pytest.mark.parametrize("together", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
 def test_many_layers_are_decayed_in_place(together: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    if together:  # as on an accelerator
-        monkeypatch.setattr(frobenius, "UNBATCHED", ())
-        monkeypatch.setattr(frobenius, "BUCKET_ENTRIES", 100)
+    monkeypatch.setattr(frobenius, "UNBATCHED", () if together else ("cpu",))
+    monkeypatch.setattr(frobenius, "BUCKET_ENTRIES", 100)
     shapes = [(6, 2, 5), (6, 2, 5), (9, 3, 4), (6, 2, 5), (2, 4, 5), (6, 2, 5), (3, 3, 3)]
     layers: list[tuple[Tensor, ...]] = []
     for seed, (rows, rank, cols) in enumerate(shapes):
