@@ -51,21 +51,24 @@ def _facts(comparison: Comparison) -> Iterator[Fact]:
 
 
 def _points(comparison: Comparison) -> Iterator[Part]:
-    """The final values of the first metric, run by run."""
-    if len(comparison.groups) < 2 or not comparison.metrics:
+    """The final values, run by run, of the metric that matters most and of the evaluated loss."""
+    if len(comparison.groups) < 2:
         return
-    metric = comparison.metrics[0]
-    found = [(group, summary) for group in comparison.groups if (summary := group.final(metric)) is not None]
-    finite = [(group, summary) for group, summary in found if math.isfinite(summary.mean)]
-    if len(finite) < 2:
-        return
+    for metric in dict.fromkeys([*comparison.metrics[:1], *({"eval/loss"} & set(comparison.metrics))]):
+        found = [(group, summary) for group in comparison.groups if (summary := group.final(metric)) is not None]
+        finite = [(group, summary) for group, summary in found if math.isfinite(summary.mean)]
+        if len(finite) > 1:
+            yield _final_values(metric, finite)
+
+
+def _final_values(metric: str, found: Sequence[tuple[Group, Summary]]) -> Bars:
     factor = scale(metric)
-    values = tuple(summary.mean * factor for _, summary in finite)
-    many = any(len(summary.values) > 1 for _, summary in finite)
-    yield Bars(
-        f"final-{slug(metric)}", f"Final {metric_title(metric)}", tuple(group.label for group, _ in finite), values,
-        tuple((summary.sd or 0.0) * factor for _, summary in finite) if many else None,
-        tuple(tuple(value * factor for value in summary.values) for _, summary in finite) if many else None,
+    values = tuple(summary.mean * factor for _, summary in found)
+    many = any(len(summary.values) > 1 for _, summary in found)
+    return Bars(
+        f"final-{slug(metric)}", f"Final {metric_title(metric)}", tuple(group.label for group, _ in found), values,
+        tuple((summary.sd or 0.0) * factor for _, summary in found) if many else None,
+        tuple(tuple(value * factor for value in summary.values) for _, summary in found) if many else None,
         from_zero=False, value_label=metric_title(metric, unit=True), value_format=number_format(metric, values),
         note="Mean and sample standard deviation; small dots are the single runs." if many else "",
     )  # fmt: skip

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+import statistics
 from collections.abc import Iterable
 from typing import Literal
 
@@ -71,19 +72,20 @@ def metric_value(name: str, value: float) -> str:
 
 def number_format(name: str, values: Iterable[float]) -> str:
     """One format for all values of a metric, already multiplied by its scale: two decimals of a percentage, else
-    three significant digits of the largest value.
+    three significant digits of the value in the middle.
 
-    >>> number_format("eval/loss", [0.046, 0.0021]), number_format("method/gor/penalty", [4.5e-7])
+    >>> number_format("eval/loss", [0.046, 0.021, 3.0]), number_format("method/gor/penalty", [4.5e-7])
     ('.4f', '.2e')
     """
     if is_share(name):
         return ".2f"
-    largest = max((abs(value) for value in values if math.isfinite(value)), default=0.0)
-    if largest == 0.0:
+    sizes = [abs(value) for value in values if math.isfinite(value) and value != 0.0]
+    if not sizes:
         return ".4f"
-    if not 1e-3 <= largest < 1e6:
+    middle = statistics.median(sizes)
+    if not 1e-3 <= middle < 1e6:
         return ".2e"
-    return f".{max(0, 2 - math.floor(math.log10(largest)))}f"
+    return f".{max(0, 2 - math.floor(math.log10(middle)))}f"
 
 
 def slug(name: str) -> str:

@@ -50,7 +50,7 @@ def _curves(figure: Curves) -> dict[str, Any]:
     layout = {
         "hovermode": "x unified",
         "margin": {"l": 58, "r": _width(names) if notes else 16, "t": TOP, "b": 46},
-        "xaxis": {"title": {"text": _safe(figure.x_label)}, "showgrid": False, "zeroline": False, "nticks": 8},
+        "xaxis": {"title": {"text": _safe(figure.x_label)}, "showgrid": False, "zeroline": False, "nticks": 6},
         "yaxis": {
             "title": {"text": _safe(figure.y_label)}, "zeroline": False, "type": "log" if log else "linear",
             "range": [math.log10(low), math.log10(high)] if log else [low, high], "nticks": 6,

@@ -76,12 +76,16 @@ def _flat(here: tuple[str, ...], value: Any) -> list[tuple[str, object]]:
 
 
 def hub_base(recipe: TrainRecipe) -> str | None:
-    """The hub repository that the recipe's model starts from; None where it starts from nothing, or a file or run here.
+    """The hub repository that the recipe's model started from; None where that was nothing, or a file or run.
 
-    A name such as `org/name` with a folder `org` beside the recipe is that folder's.
+    A path may look like `org/name`, too: of the hub is what the cache holds, where a run has put it.
     """
+    from huggingface_hub import constants
+    from huggingface_hub.file_download import repo_folder_name
+
     base = recipe.model.base
-    if base is None or (here := Path(base).expanduser()).exists() or here.parent.is_dir():
+    found = parse_hub_id(base) if base is not None and not Path(base).expanduser().exists() else None
+    if found is None:
         return None
-    found = parse_hub_id(base)
-    return found.repo if found is not None else None
+    cached = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=found.repo, repo_type="model")
+    return found.repo if cached.is_dir() else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import os
 import re
 import statistics
 from collections.abc import Iterable, Sequence
@@ -24,7 +25,7 @@ SEED = "train.seed"
 # What makes no other experiment: the seed, and what a run may be resumed with.
 ALIKE = frozenset({SEED, "matrix", "version", *MAY_CHANGE})
 PLAIN = "plain"  # how a recipe without methods is called
-MAX_LABEL = 60
+MAX_LABEL = 40  # a longer one is no name
 
 
 @dataclass(frozen=True)
@@ -150,30 +151,31 @@ def _check_keys(keys: Iterable[str], recipes: Sequence[dict[str, object]]) -> No
 
 
 def _labels(rows: Sequence[dict[str, object]], members: Sequence[Sequence[Run]]) -> list[str]:
-    """A name for each group: what it differs in, else the folder of its runs; no two alike."""
-    short = short_keys(list(rows[0])) if rows[0] else {}
-    order = sorted(short, key=lambda key: not _is_name(key))
-    labels = [", ".join(filter(None, (_part(short[key], key, row[key]) for key in order))) for row in rows]
-    full = [", ".join(f"{short[key]}={value_text(value)}" for key, value in row.items()) for row in rows]
-    labels = [label or whole for label, whole in zip(labels, full, strict=True)]
-    labels = labels if len(set(labels)) == len(labels) else full
-    named = zip(labels, members, strict=True)
-    labels = [label if 0 < len(label) <= MAX_LABEL else _folder(runs) for label, runs in named]
+    """A name for each group: what it differs in, or where that is long or nothing the folder of its runs."""
+    labels = [_label(row) for row in rows]
+    if len(set(labels)) < len(labels) or not all(labels):
+        labels = [", ".join(f"{key}={value_text(value)}" for key, value in _shortly(row).items()) for row in rows]
+    folders = [_folder(runs) or runs[0].name for runs in members]
+    if max(map(len, labels)) > MAX_LABEL or not all(labels):
+        labels = folders if len(set(folders)) == len(folders) else labels
     return [
         label if labels.count(label) == 1 else f"{label} ({labels[:index].count(label) + 1})"
         for index, label in enumerate(labels)
     ]
 
 
-def _part(short: str, key: str, value: object) -> str:
-    """`penalty=1e-5`; a name or a switch speaks for itself, and what is off or absent says nothing."""
-    if value in (ABSENT, False, None):
-        return ""
-    if value is True:
-        return short
-    if _is_name(key):
-        return PLAIN if value == "none" else str(value)
-    return f"{short}={value_text(value)}"
+def _label(row: dict[str, object]) -> str:
+    """`hra, penalty=1e-5, gram_schmidt`: names and switches speak for themselves; what is off says nothing."""
+    names = [PLAIN if value == "none" else str(value) for key, value in row.items() if _is_name(key)]
+    rest = {key: value for key, value in row.items() if not _is_name(key) and value is not False and value is not None}
+    return ", ".join([*names, *(key if value is True else f"{key}={value_text(value)}"
+                                for key, value in _shortly(rest).items())])  # fmt: skip
+
+
+def _shortly(row: dict[str, object]) -> dict[str, object]:
+    """What a recipe has at some keys, by the ends of these that tell them apart."""
+    present = [key for key, value in row.items() if value != ABSENT]
+    return {short: row[key] for key, short in short_keys(present).items()}
 
 
 def _is_name(key: str) -> bool:
@@ -181,10 +183,13 @@ def _is_name(key: str) -> bool:
 
 
 def _folder(runs: Sequence[Run]) -> str:
-    """The runs' own folder, or the one that a matrix made for them."""
+    """The runs' folder: the matrix's of its cells, else what their names begin with."""
     parents = {run.folder.resolve().parent for run in runs}
-    is_cell = all("=" in run.name for run in runs)
-    return parents.pop().name if is_cell and len(parents) == 1 else runs[0].name
+    if all("=" in run.name for run in runs) and len(parents) == 1:
+        return parents.pop().name
+    names = [run.name for run in runs]
+    shared = os.path.commonprefix(names)  # noqa: RUF071 - of characters, that is: these are no paths
+    return shared.rstrip("-_=., ") if len(set(names)) > 1 else names[0]
 
 
 def value_text(value: object) -> str:

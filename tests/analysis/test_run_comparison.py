@@ -46,6 +46,17 @@ def test_seeds_are_one_group_and_what_differs_names_it(runs: list[Run]) -> None:
     assert [group.label for group in group_runs(runs[5:])] == ["plain"]
 
 
+def test_labels_are_short_and_never_alike(tmp_path: Path) -> None:
+    sets = (GOR.replace("PENALTY", "0.0"), GOR.replace("PENALTY", "1e-5"), "optimizer.lr=1e-3")
+    made = [run(tmp_path / f"run{place}-{seed}", [0.5], text, f"train.seed={seed}")
+            for place, text in enumerate(sets) for seed in (0, 1)]  # fmt: skip
+    labels = [group.label for group in group_runs(made)]
+    assert labels == ["gor, lr=0.01, penalty=0", "gor, lr=0.01, penalty=1e-5", "plain, lr=0.001"]
+    patterns = "[" + ", ".join(f"layer{place}" for place in range(9)) + "]"
+    long = run(tmp_path / "long", [0.5], f"methods=[{{name: gor, targets: {patterns}, penalty: 1e-5}}]")
+    assert [group.label for group in group_runs([*made, long])] == ["run0", "run1", "run2", "long"]
+
+
 def test_grouping_by_a_key_puts_all_else_together(runs: list[Run]) -> None:
     groups = group_runs(runs, ["methods"])
     assert [(group.label, len(group.runs)) for group in groups] == [("gor", 5), ("plain", 1)]

@@ -117,11 +117,11 @@ def test_what_the_card_says_to_type_works(hra: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_a_base_of_the_hub_is_named_and_a_folder_is_not(
-    hra: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hra: Path, tmp_path: Path, hub_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (hub_home / "models--org--name").mkdir(parents=True)  # as a run that starts from it leaves the cache
     for base, expected in (("org/name@v1:model.safetensors", "org/name"), ("/home/me/x", None), ("runs/base", None)):
-        (tmp_path / "runs").mkdir(exist_ok=True)
         recipe = load_train(hra / "recipe.yaml", [f"model.base={base}"])
         assert hub_base(recipe) == expected, base
         run = written_run(tmp_path / f"run{len(base)}", {"eval/accuracy": [(1, 0.5)]}, *HRA, f"model.base={base}")
