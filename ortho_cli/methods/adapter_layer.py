@@ -27,6 +27,7 @@ __all__ = [
     "convolve",
     "disable_adapter",
     "geometry",
+    "is_sharded",
     "stored_weight",
     "whole",
 ]
@@ -128,16 +129,16 @@ class AdapterLayer(nn.Module):
 
     def base_times(self, columns: Tensor) -> Tensor:
         """`W columns`, for the weight this adapter is put on."""
-        base = self.fixed_linear
-        return (
-            base.times(columns) if isinstance(base, AdapterLayer) else self.matrix() @ columns.to(self.matrix().dtype)
-        )
+        if isinstance(self.fixed_linear, AdapterLayer):
+            return self.fixed_linear.times(columns)
+        matrix = self.matrix()
+        return matrix @ columns.to(matrix.dtype)
 
     def matrix(self) -> Tensor:
-        """The frozen weight as `(out, width)`: a view, never a copy.
+        """The frozen weight as `(out, width)`: a view, never a copy, but gathered where it is sharded.
 
         Raises:
-            TargetError: it is quantised, sharded or computed.
+            TargetError: it is quantised or computed.
         """
         weight = stored_weight(self)
         return weight.T if self.geometry.kind == "transposed" else weight.flatten(1)
@@ -168,19 +169,20 @@ def base_of(module: nn.Module) -> nn.Module:
     return module
 
 
-def beside(base: nn.Module, tensor: Tensor) -> tuple[torch.device, torch.dtype]:
-    """Where and in which type an adapter's tensor is kept: on the base's device, float32, or a wider one of either."""
+def beside(base: nn.Module, tensor: Tensor) -> Tensor:
+    """A copy of a tensor as adapters keep theirs: on the base's device, in float32 or a wider type of either, dense."""
     weights = [p for p in base.parameters() if p.is_floating_point()]
     wide = any(weight.dtype == torch.float64 for weight in (*weights, tensor))
     device = next((p.device for p in base.parameters()), tensor.device)
-    return device, torch.float64 if wide else torch.float32
+    dtype = torch.float64 if wide else torch.float32
+    return tensor.detach().to(device, dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def stored_weight(layer: AdapterLayer) -> Tensor:
-    """The frozen weight under all adapters, as it is kept.
+    """The frozen weight under all adapters, as it is kept; where it is sharded, all of it.
 
     Raises:
-        TargetError: it is quantised, sharded or computed.
+        TargetError: it is quantised or computed.
     """
     base = base_of(layer)
     if layer.geometry.kind == "opaque":
@@ -190,7 +192,7 @@ def stored_weight(layer: AdapterLayer) -> Tensor:
         )
     weight = base.weight
     assert isinstance(weight, Tensor)
-    return weight
+    return whole(weight)
 
 
 def convolve(layer: AdapterLayer, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
@@ -207,9 +209,13 @@ def convolve(layer: AdapterLayer, x: Tensor, down: Tensor, up: Tensor) -> Tensor
 
 def whole(tensor: Tensor) -> Tensor:
     """All of a tensor that may be sharded (then every process must ask); differentiable."""
-    gather = getattr(tensor, "full_tensor", None)
-    found: Tensor = tensor if gather is None else gather()
+    found: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
     return found
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this process holds a part only."""
+    return hasattr(tensor, "full_tensor")
 
 
 def adapter_layers(model: nn.Module) -> dict[str, AdapterLayer]:

@@ -15,7 +15,7 @@ from ortho_cli.errors import TargetError
 from ortho_cli.linalg.householder import Householder
 from ortho_cli.linalg.reflections import normalize, orthonormalize
 
-from .adapter_layer import AdapterLayer, base_of, beside, convolve, whole
+from .adapter_layer import AdapterLayer, base_of, beside, convolve, is_sharded, whole
 from .reflected_weight import low_rank_factors, reflected_output
 from .reflecting import Form, reflect
 
@@ -88,12 +88,11 @@ class HRALayer(AdapterLayer):
         if not vectors.is_meta:
             _ = orthonormalize(vectors.detach()) if span else normalize(vectors.detach(), eps)
         self.side, self.form = side, Form(span, eps)
-        placed, kept = beside(base, vectors)
         self.name = parameter_name(side, span, eps)
-        self.register_parameter(self.name, nn.Parameter(vectors.detach().to(placed, kept, copy=True)))
-        self.register_buffer("hra_start", None if start is None else start.detach().to(placed, kept, copy=True))
+        self.register_parameter(self.name, nn.Parameter(beside(base, vectors)))
+        self.register_buffer("hra_start", None if start is None else beside(base, start).to(self.vectors.dtype))
         if eps:
-            self.register_buffer("hra_eps", torch.tensor(eps, dtype=torch.float64, device=placed))
+            self.register_buffer("hra_eps", torch.tensor(eps, dtype=torch.float64, device=self.vectors.device))
 
     @property
     def vectors(self) -> nn.Parameter:
@@ -165,6 +164,7 @@ class HRALayer(AdapterLayer):
             and not x.requires_grad
             and self.vectors.requires_grad
             and self.geometry.kind != "opaque"
+            and not is_sharded(self.weight)  # here, outside of the frozen layer's own forward: left to it alone
             and not isinstance(self.fixed_linear, AdapterLayer)
             and x.numel() > LEAST_ROWS * self.rank * x.shape[-1]
         )
@@ -172,9 +172,10 @@ class HRALayer(AdapterLayer):
     def _turn_output(self, output: Tensor) -> Tensor:
         """`(y - b) D + b`, as one reflection of the output and a shift of the size of the bias."""
         channels = 1 - self.weight.dim() if self.geometry.kind == "conv" else -1
-        turned = self._reflected(output.movedim(channels, -1), transpose=True)
+        turned = self._reflected(output if channels == -1 else output.movedim(channels, -1), transpose=True)
         bias: Tensor | None = getattr(base_of(self), "bias", None)
         if bias is not None:
+            bias = whole(bias)
             shift = bias - self._reflected(bias, transpose=True)
             turned = turned + shift.to(turned.dtype)
-        return turned.movedim(-1, channels)
+        return turned if channels == -1 else turned.movedim(-1, channels)

@@ -51,9 +51,7 @@ class LoRALayer(AdapterLayer):
             kernel = stored_weight(self).shape
             down = down.reshape(-1, *kernel[1:])
             up = up.reshape(shape.out, -1, *[1] * (len(kernel) - 2))
-        placed, kept = beside(base, down)
-        self.lora_A = nn.Parameter(down.detach().to(placed, kept, copy=True))
-        self.lora_B = nn.Parameter(up.detach().to(placed, kept, copy=True))
+        self.lora_A, self.lora_B = nn.Parameter(beside(base, down)), nn.Parameter(beside(base, up))
         self.scale, self.dropout = scale, dropout
 
     @property

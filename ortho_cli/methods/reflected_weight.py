@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from .reflecting import Form, autocast_off, directions, gram_gradient, inner_factor, lengths_for, to_autocast
+from .reflecting import Form, added, autocast_off, directions, gram_gradient, inner_factor, lengths_for, to_autocast
 
 __all__ = ["low_rank_factors", "reflected_output"]
 
@@ -81,10 +81,9 @@ class _ReflectedOutput(torch.autograd.Function):
         acting = factor.T if form.transpose else factor
         up = (weight @ columns.to(weight.dtype)).to(columns.dtype) @ acting
         inner = x.reshape(-1, x.shape[-1]) @ columns.to(x.dtype)
-        rows = output.reshape(-1, output.shape[-1])
         ctx.form = form
         ctx.save_for_backward(x, weight, vectors, start, inner, lengths, factor, up)
-        return torch.addmm(rows, inner.to(rows.dtype), up.to(rows.dtype).T).view(output.shape)
+        return added(output, inner.to(output.dtype), up.to(output.dtype).T)
 
     @staticmethod
     @once_differentiable

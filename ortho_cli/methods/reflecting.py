@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 __all__ = [
-    "PLAIN", "Form", "autocast_off", "directions", "gram_gradient", "inner_factor", "lengths_for", "reflect",
+    "PLAIN", "Form", "added", "autocast_off", "directions", "gram_gradient", "inner_factor", "lengths_for", "reflect",
     "to_autocast",
 ]  # fmt: skip
 
@@ -131,6 +131,13 @@ def _blocks(gram: Tensor, frozen: int) -> Tensor:
     return part
 
 
+def added(x: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """`x + left right`, as a tensor of its own: of a view, a layer that works in place would be refused its input."""
+    total = x.clone(memory_format=torch.contiguous_format)
+    total.view(-1, x.shape[-1]).addmm_(left, right)
+    return total
+
+
 def _wide(vectors: Tensor) -> Tensor:
     return vectors if vectors.dtype in (torch.float32, torch.float64) else vectors.float()
 
@@ -142,11 +149,10 @@ class _Reflect(torch.autograd.Function):
         columns = directions(vectors, start, lengths)
         factor = inner_factor(columns, form, columns.shape[1] - vectors.shape[1], lengths)
         turned = columns @ (factor.T if form.transpose else factor)
-        rows = x.reshape(-1, x.shape[-1])
-        inner = rows @ columns.to(x.dtype)
+        inner = x.reshape(-1, x.shape[-1]) @ columns.to(x.dtype)
         ctx.form = form
         ctx.save_for_backward(x, vectors, start, inner, lengths, factor)
-        return torch.addmm(rows, inner, turned.to(x.dtype).T).view(x.shape)
+        return added(x, inner, turned.to(x.dtype).T)
 
     @staticmethod
     @once_differentiable
@@ -165,7 +171,7 @@ def _reflect_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | N
     back = rows @ turned.to(x.dtype)
     grad_x = grad_vectors = None
     if ctx.needs_input_grad[0]:
-        grad_x = torch.addmm(rows, back, columns.to(x.dtype).T).view(grad.shape)
+        grad_x = added(grad, back, columns.to(x.dtype).T)
     if ctx.needs_input_grad[1]:
         frozen = columns.shape[1] - vectors.shape[1]
         # Products of long factors are taken as (r, d), the faster side of BLAS, and turned by the last sum.

@@ -296,6 +296,18 @@ def test_what_the_layer_lacks_is_the_frozen_layers() -> None:
     assert copy.deepcopy(model)[0].vectors is not layer.vectors
 
 
+@pytest.mark.parametrize("adapter", ["plain", "output", "gram-schmidt"])
+@pytest.mark.parametrize("layer", ["linear", "linear without bias", "strided dilated conv"])
+@pytest.mark.parametrize("needs", [False, True])
+def test_what_follows_may_work_in_place(layer: str, adapter: str, needs: bool) -> None:
+    model, x = made(layer)
+    shaken(add_adapter(model, targets=["0"], **ADAPTERS[adapter]))
+    x.requires_grad_(needs)
+    wanted = torch.autograd.grad(model(x).relu().square().sum(), model[0].vectors)  # type: ignore[index]
+    found = torch.autograd.grad(model(x).relu_().square().sum(), model[0].vectors)  # type: ignore[index]
+    assert torch.equal(found[0], wanted[0])
+
+
 def test_training_mode_and_further_arguments_reach_the_layer() -> None:
     class Scaled(nn.Linear):
         def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
