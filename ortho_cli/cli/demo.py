@@ -1,4 +1,8 @@
-"""`ortho demo`: the tour for a newcomer, offline, under a minute; every command is printed as one would type it."""
+"""`ortho demo`: the tour for a newcomer, offline, under a minute; every command is printed as one would type it.
+
+First checkpoints, then training: the tour's checkpoint is too small a likeness to be trained, so a fixed nudge stands
+in for that there, and what is trained at the end is a small network on digits.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +22,12 @@ if TYPE_CHECKING:
 
 __all__ = ["demo"]
 
+NUDGED = "nudge"  # no command
 # What each step shows, and the command; {x} are file names in the demo's folder.
 STEPS = (
     ("What is in this checkpoint? Only its header is read.", "inspect {base}"),
     ("Householder adapters beside it, as a PEFT folder. They start as the identity.", "add-hra {base} -o {adapter}"),
-    (None, "train"),
+    ("Training would now turn the reflections; here a fixed nudge stands in for it.", NUDGED),
     ("Does this adapter belong to this base?", "inspect {trained} --base {base}"),
     ("Fold it into the weights: orthogonal maps, so every singular value stays.", "merge {base} {trained} -o {merged}"),
     ("The same adapter as an exact LoRA that every image tool loads.",
@@ -32,6 +37,8 @@ STEPS = (
     ("Or the adapter inside the checkpoint, as its authors keep it ...", "add-hra {base} -o {inside} --quiet"),
     ("... and out again:", "convert {inside} --to base -o {restored} --quiet"),
     ("not a byte differs.", "inspect {base} --diff {restored} --fail-above 0"),
+    ("Now train: handwritten digits, with filters that become orthonormal in groups (GOR).",
+     "train quickstart --set run.dir={run} --set train.epochs=5"),
 )  # fmt: skip
 FILES = {
     "base": "v1-5-small.safetensors",
@@ -42,6 +49,14 @@ FILES = {
     "merged_lora": "merged-from-lora.safetensors",
     "inside": "v1-5-small-hra.safetensors",
     "restored": "v1-5-small-restored.safetensors",
+    "run": "quickstart",
+}
+# What the run leaves in its folder; which of it there is depends on the recipe.
+RUN = {
+    "recipe.yaml": "every setting, defaults too",
+    "metrics.jsonl": "losses, accuracies and penalties, a line a report",
+    "checkpoints": "the best state and the last ones, to go on from with --resume",
+    "report.html": "curves to look at",
 }
 
 
@@ -49,7 +64,7 @@ def demo(
     folder: Annotated[Path, typer.Argument(help="Where to work; it must not exist yet.")] = Path("ortho-demo"),
     force: Annotated[bool, typer.Option("-f", "--force", help="Replace an earlier demo.")] = False,
 ) -> None:
-    """Take the tour: a small checkpoint with Stable Diffusion's names, and every verb on it.
+    """Take the tour: every verb on a small checkpoint with Stable Diffusion's names, and a few seconds of training.
 
     Example: ortho demo
     """
@@ -60,17 +75,18 @@ def demo(
     _say("First, a small checkpoint with the names of Stable Diffusion 1.5 and random weights.")
     small_sd15(paths["base"])
     for title, command in STEPS:
-        if command == "train":
-            _say("Training would now turn the reflections; here a fixed nudge stands in for it.")
+        _say(title)
+        if command is NUDGED:
             _nudge(Path(paths["adapter"]), Path(paths["trained"]))
-            continue
-        if title:
-            _say(title)
-        _run(command.format(**paths))
+        else:
+            _run(command.format(**paths))
     typer.echo()
     _say(f"Done. It is all in {folder}/:")
     for key, name in FILES.items():
         typer.echo(f"  {name:34} {_PURPOSE[key]}")
+    for name, purpose in RUN.items():
+        if (folder / FILES["run"] / name).exists():
+            typer.echo(f"    {name:32} {purpose}")
     typer.echo("\nNext: ortho recipe list, ortho --help, or the README on your own checkpoint.")
 
 
@@ -83,6 +99,7 @@ _PURPOSE = {
     "merged_lora": "the checkpoint with that LoRA folded in: the same weights",
     "inside": "the checkpoint with adapters inside it",
     "restored": "the checkpoint with those taken out again",
+    "run": "the training run:",
 }
 NUDGE = 0.05  # radians or so by which each reflection turns: visible, and far from random
 
