@@ -1,0 +1,49 @@
+"""Every shipped training recipe as a dry run on the meta device, with the parameter counts of the literature."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ortho_cli.recipe.catalog import load_any
+from ortho_cli.recipe.shipped import shipped
+from ortho_cli.recipe.train import TrainRecipe, cell_recipes, load_train
+from ortho_cli.training.dry_run import describe
+
+TRAINING = [name for name in shipped() if isinstance(load_any(name), TrainRecipe)]
+
+# Parameters of the model and of those that train; for a matrix in its first cell.
+RESNET20 = 269_722 - 2 * 3 * 3 * 16  # the literature's count, with one channel in place of three
+VIT = 201_418
+HRA = 4 * 8 * (64 + 64 + 64 + 256)  # 8 reflections on the inputs of the four layers of each of four blocks
+HEAD = 65 * 10
+COUNTS = {
+    "quickstart": (RESNET20, RESNET20),
+    "digits-resnet20-gor": (RESNET20, RESNET20),
+    "digits-resnet20-plain": (RESNET20, RESNET20),
+    "digits-vit-pretrain": (VIT, VIT),
+    "digits-vit-hra-finetune": (VIT, HRA + HEAD),
+    "digits-vit-hra-matrix": (VIT, HRA + HEAD),
+    "cifar10-resnet110-gor": (1_795_064, 1_795_064),  # the paper's model with its head of 1000 outputs
+}
+
+
+@pytest.mark.parametrize("name", TRAINING)
+def test_each_plans_every_kind_of_cell(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    found = {}
+    for _, recipe in cell_recipes(load_train(name)):
+        kind = recipe.model, recipe.methods
+        if repr(kind) not in found:
+            found[repr(kind)] = describe(recipe)["totals"]
+    assert all(totals["trainable"] > 0 and totals["memory_bytes"] > 0 for totals in found.values())
+    first = next(iter(found.values()))
+    if name in COUNTS:
+        assert (first["parameters"], first["trainable"]) == COUNTS[name]
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_gor_regularises_what_the_paper_does() -> None:
+    (line,) = describe(load_train("cifar10-resnet110-gor"))["details"]
+    assert (line["layers"], line["added"]) == (111, 0)
