@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 
 from ortho_cli.errors import TargetError
 
-from .names import component_name, modern_name, to_canonical
+from .names import component_name, filed_name, modern_name, to_canonical
 from .sd15 import ldm_to_canonical
 
 __all__ = ["LayerIndex"]
@@ -32,14 +32,16 @@ class LayerIndex:
         native: dict[str, list[str]] = {layer: [layer] for layer in self.layers}
         canonical: dict[str, list[str]] = {}
         short: dict[str, list[str]] = {}
+        filed: dict[str, list[str]] = {}
         self._in_pipeline = False
         for layer, name in self._canonical.items():
             canonical.setdefault(name, []).append(layer)
+            filed.setdefault(filed_name(name), []).append(layer)
             component, local = component_name(name)
             self._in_pipeline |= component != ""
             for shortened in {name.removeprefix(component + "."), local}:
                 short.setdefault(shortened, []).append(layer)
-        self._tables = (native, canonical, short)
+        self._tables = (native, canonical, short, filed)
 
     def canonical(self, native: str) -> str:
         """The canonical name of one of the layers."""
@@ -49,7 +51,8 @@ class LayerIndex:
         """The layer that `name` means, or None.
 
         Understood are the checkpoint's own name, the canonical one, that of any SD1.x layout, those without the
-        component, and each of them with one wrapper more or less in front (`bert.encoder...` for `encoder...`).
+        component, transformers' names in memory, and each of them with one wrapper more or less in front
+        (`bert.encoder...` for `encoder...`).
 
         Raises:
             TargetError: it could mean two layers.
@@ -96,7 +99,7 @@ class LayerIndex:
         return difflib.get_close_matches(name, known, n)
 
     def _find(self, name: str) -> str | None:
-        for spelling in dict.fromkeys((name, ldm_to_canonical(name) or name, modern_name(name))):
+        for spelling in dict.fromkeys((name, ldm_to_canonical(name) or name, modern_name(name), filed_name(name))):
             for table in self._tables:
                 if meant := table.get(spelling):
                     if len(meant) > 1:
@@ -110,9 +113,11 @@ class LayerIndex:
             return  # `text_encoder_2.` is no wrapper around what `text_encoder.` holds
         for prefix in _wrappers(name):
             yield prefix, ""
-        known = {known for table in self._tables for known in table if known.endswith("." + name)}
-        for prefix in sorted({other[: -len(name)] for other in known if other[: -len(name)] in _wrappers(other)}):
-            yield "", prefix
+        for spelling in dict.fromkeys((name, filed_name(name))):
+            cut = -len(spelling)
+            known = {known for table in self._tables for known in table if known.endswith("." + spelling)}
+            for prefix in sorted({other[:cut] for other in known if other[:cut] in _wrappers(other)}):
+                yield "", prefix
 
     def _shifted(self, name: str, strip: str, add: str) -> str | None:
         return self._find(add + name[len(strip) :]) if name.startswith(strip) else None

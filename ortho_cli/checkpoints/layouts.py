@@ -16,6 +16,7 @@ from .layer_index import LayerIndex
 from .names import (
     LAYOUTS,
     component_name,
+    filed_name,
     fingerprint_name,
     from_canonical,
     kohya_layers,
@@ -42,6 +43,7 @@ __all__ = [
     "component_name",
     "detect",
     "ema_name",
+    "filed_name",
     "fingerprint_name",
     "from_canonical",
     "kohya_layers",

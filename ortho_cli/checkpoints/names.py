@@ -5,6 +5,7 @@ Everything is translated through the *canonical* name, which `sd15.py` defines.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 
 from ortho_cli.errors import TargetError
@@ -14,6 +15,7 @@ from .sd15 import canonical_to_ldm, ldm_to_canonical
 __all__ = [
     "LAYOUTS",
     "component_name",
+    "filed_name",
     "fingerprint_name",
     "from_canonical",
     "kohya_layers",
@@ -31,6 +33,17 @@ _OLD_VAE = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_ou
 _VAE_ATTENTION = tuple(f"vae.{side}.mid_block.attentions.0." for side in ("encoder", "decoder"))
 # The modules that transformers >= 5.6 saves without `text_model.` in front.
 _CLIP_MODULES = ("embeddings.", "encoder.", "final_layer_norm")
+# transformers >= 5 calls layers of its vision transformers otherwise in memory than in files: in the blocks `layers.0`
+# of ViT and its kin (never `encoder.layers.0`, which is CLIP's), or `encoder.layer.0` of DINOv2.
+_VISION_BLOCK = re.compile(r"((?:.*\.)?)((?<!encoder\.)(?<!decoder\.)layers|encoder\.layer)\.(\d+)\.(.+)")
+_VISION_LAYERS = {
+    "attention.q_proj": "attention.attention.query",
+    "attention.k_proj": "attention.attention.key",
+    "attention.v_proj": "attention.attention.value",
+    "attention.o_proj": "attention.output.dense",
+    "mlp.fc1": "intermediate.dense",
+    "mlp.fc2": "output.dense",
+}
 # What a model is called inside a pipeline; an adapter on the bare model does not have it.
 _PIPELINE = ("unet.", "text_encoder.", "text_encoder_2.", "vae.", "transformer.")
 _KOHYA = {"unet.": "lora_unet_", "text_encoder.": "lora_te_"}
@@ -147,4 +160,19 @@ def fingerprint_name(canonical_layer: str) -> str:
     >>> fingerprint_name("unet.conv_in")
     'conv_in'
     """
-    return component_name(canonical_layer)[1]
+    return filed_name(component_name(canonical_layer)[1])
+
+
+def filed_name(layer: str) -> str:
+    """The name in files of a layer that transformers calls otherwise in memory; any other name stays itself.
+
+    >>> filed_name("vit.layers.0.attention.q_proj")
+    'vit.encoder.layer.0.attention.attention.query'
+    """
+    found = _VISION_BLOCK.fullmatch(layer)
+    if found is None:
+        return layer
+    front, block, number, own = found.groups()
+    if own not in _VISION_LAYERS or (block == "encoder.layer" and own.startswith("mlp.")):
+        return layer
+    return f"{front}encoder.layer.{number}.{_VISION_LAYERS[own]}"

@@ -23,7 +23,7 @@ from ortho_cli.checkpoints.writer import Piece, computed, file_bytes, write_file
 
 from .adapter_files import adapter_files
 from .adapter_layer import AdapterLayer, adapter_layers, stored_weight
-from .inject import Named, named_layers
+from .inject import Named, inner_model, named_layers
 
 __all__ = ["model_fingerprint", "save_adapter", "tensor_piece", "write_adapter"]
 
@@ -57,6 +57,7 @@ def save_adapter(model: nn.Module, folder: str | Path, *, force: bool = False) -
     >>> sorted(path.name for path in folder.iterdir())
     ['README.md', 'adapter_config.json', 'adapter_model.safetensors']
     """
+    model = inner_model(model)
     write_adapter(model, adapter_layers(model), Path(folder), command="ortho.save_adapter", force=force)
     return Path(folder)
 

@@ -15,7 +15,7 @@ from .adapter_layer import AdapterLayer, adapter_layers
 from .add import insert_hra
 from .continued import check_layers, check_settings, layer_ranks
 from .hra_layer import HRALayer
-from .inject import choose, freeze, set_biases, train_modules
+from .inject import choose, freeze, inner_model, set_biases, train_modules
 from .load import attach
 from .method import Context, Method
 from .orthogonality import reflection_summary, vectors_penalty
@@ -47,6 +47,7 @@ class HRAMethod(Method):
             RecipeError: a key that contradicts the adapter to go on with.
         """
         config: HRA = self.config
+        model = inner_model(model)
         held = {name: layer for name, layer in adapter_layers(model).items() if isinstance(layer, HRALayer)}
         if config.adapter is not None:
             names = attach(model, read_adapter(config.adapter), ("hra",))
@@ -108,7 +109,7 @@ class HRAMethod(Method):
         """Write the adapter folder."""
         layers: dict[str, AdapterLayer] = dict(self.layers)
         settings = {"penalty": self.config.penalty, "penalty_form": self.config.penalty_form}
-        self.notes += write_adapter(model, layers, path, command="ortho train", extra=settings)
+        self.notes += write_adapter(inner_model(model), layers, path, command="ortho train", extra=settings)
 
     def state(self) -> dict[str, Any]:
         """Which layers are adapted; the vectors are in the model."""

@@ -15,7 +15,17 @@ from ortho_cli.linalg.starts import orthonormal_start, paired_start
 from .adapter_layer import AdapterLayer, adapter_layers, base_of, geometry
 from .families import automatic_patterns
 
-__all__ = ["Named", "choose", "freeze", "initial_vectors", "named_layers", "set_biases", "train_modules", "wrap"]
+__all__ = [
+    "Named",
+    "choose",
+    "freeze",
+    "initial_vectors",
+    "inner_model",
+    "named_layers",
+    "set_biases",
+    "train_modules",
+    "wrap",
+]
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -32,6 +42,14 @@ class Named(dict[str, tuple[int, ...]]):
     def index(self) -> layouts.LayerIndex:
         """Finds layers by whatever name an adapter file gives them."""
         return layouts.LayerIndex(self, self.layout)
+
+
+def inner_model(model: nn.Module) -> nn.Module:
+    """The model that others know: of a wrapper of ours, which says so by `wraps`, what it wraps; else the model itself.
+
+    Files hold the names of its layers, not the wrapper's.
+    """
+    return model.get_submodule(getattr(model, "wraps", ""))
 
 
 def named_layers(model: nn.Module) -> Named:

@@ -15,7 +15,7 @@ from .adapter_folder import write_adapter
 from .adapter_layer import AdapterLayer, adapter_layers
 from .add import insert_lora
 from .continued import check_layers, check_settings, layer_ranks
-from .inject import choose, train_modules
+from .inject import choose, inner_model, train_modules
 from .load import attach
 from .lora_layer import LoRALayer
 from .method import Context, Method
@@ -44,6 +44,7 @@ class LoRAMethod(Method):
             RecipeError: a key that contradicts the adapter to go on with.
         """
         config: LoRA = self.config
+        model = inner_model(model)
         if config.adapter is None:
             names = insert_lora(
                 model, config.rank, config.targets, exclude=config.exclude, alpha=config.alpha, rslora=config.rslora,
@@ -84,7 +85,7 @@ class LoRAMethod(Method):
     def export(self, model: nn.Module, path: Path) -> None:
         """Write the adapter folder."""
         layers: dict[str, AdapterLayer] = dict(self.layers)
-        self.notes += write_adapter(model, layers, path, command="ortho train")
+        self.notes += write_adapter(inner_model(model), layers, path, command="ortho train")
 
     def state(self) -> dict[str, Any]:
         """Which layers are adapted; the factors are in the model."""

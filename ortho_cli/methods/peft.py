@@ -24,6 +24,7 @@ from ortho_cli.errors import CheckpointError, RecipeError, TargetError, UsageErr
 
 from .adapter_folder import tensor_piece
 from .adapter_layer import AdapterLayer
+from .inject import inner_model
 from .method import Context, Method
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class PEFTMethod(Method):
             RecipeError: a type or a key that the installed PEFT does not have.
             TargetError: PEFT finds no layer, or refuses one.
         """
-        peft = _installed()
+        peft, model = _installed(), inner_model(model)
         config = _peft_config(peft, dict(self.config.config))
         before = {name for name, _ in model.named_parameters()}
         ours = [p for m in model.modules() if isinstance(m, AdapterLayer) for p in m.adapter_parameters()]
@@ -71,7 +72,7 @@ class PEFTMethod(Method):
     def export(self, model: nn.Module, path: Path) -> None:
         """Write the folder that `PeftModel.from_pretrained` loads: PEFT's tensors and PEFT's configuration."""
         peft = _installed()
-        tuned: Any = model
+        tuned: Any = inner_model(model)
         tensors = {
             (key if key.startswith(PREFIX) else PREFIX + key): value.detach()
             for key, value in peft.get_peft_model_state_dict(tuned).items()

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 __all__ = ["HFImageClassifier", "build"]
 
+# In a base that holds an adapter, the adapted layers' own weights; the adapter is put on by who reads the base.
+ADAPTED = {r"\.fixed_linear\.": "."}
+
 
 def build(config: HFImage, num_classes: int, in_channels: int, image_size: int) -> nn.Module:
     """The pretrained model of a recipe's `model.base`, or, on the meta device, its architecture alone.
@@ -45,7 +48,7 @@ def build(config: HFImage, num_classes: int, in_channels: int, image_size: int) 
             model, fresh = family.from_config(found), set[str]()
         else:
             model, loading = family.from_pretrained(
-                config.base, config=found, ignore_mismatched_sizes=True, output_loading_info=True
+                config.base, config=found, ignore_mismatched_sizes=True, output_loading_info=True, key_mapping=ADAPTED
             )
             fresh = _fresh_names(loading)
     except (OSError, ValueError) as error:  # not found, offline, gated; or of a kind that classifies no pictures
@@ -77,6 +80,8 @@ class HFImageClassifier(nn.Module):
 
     Shapes: `(B, C, H, W)` to `(B, num_labels)`.
     """
+
+    wraps = "model"  # whose names of layers adapters on disk have
 
     def __init__(self, model: nn.Module, *, repeat: int = 1, notes: list[str] | None = None) -> None:
         super().__init__()

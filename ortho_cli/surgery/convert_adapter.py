@@ -137,14 +137,18 @@ def refuse_leftovers(adapter: Adapter, to: str) -> None:
 def named_layers(
     adapter: Adapter, base: Checkpoint | None, note: Callable[[str], None], *, force_base: bool = False
 ) -> list[NamedLayer]:
-    """The adapter's layers under canonical names: resolved in the base, else in the SD1.5 tables, else as they are."""
+    """The adapter's layers under canonical names: resolved in the base, else in the SD1.5 tables, else as they are.
+
+    Names that transformers gives in memory stay: it is by them that PEFT finds its layers.
+    """
     if base is not None:
         index = layouts.LayerIndex(base.layers(), base.layout)
         native = index.resolve_all(list(adapter.layers))
         check_base(base, adapter, native, force_base, note)
+        called = {name: index.canonical(native[name]) for name in adapter.layers}
+        called |= {name: name for name in called if layouts.filed_name(name) == called[name]}
         return [
-            NamedLayer(name, index.canonical(native[name]), layer, base.weight(native[name]))
-            for name, layer in adapter.layers.items()
+            NamedLayer(name, called[name], layer, base.weight(native[name])) for name, layer in adapter.layers.items()
         ]
     table = layouts.LayerIndex(layouts.sd15_layers(), "sd15-diffusers")
     found = {name: table.resolve(name) for name in adapter.layers}

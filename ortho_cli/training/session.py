@@ -19,10 +19,12 @@ from torch import Tensor, nn
 
 from ortho_cli import registry
 from ortho_cli.errors import UsageError
+from ortho_cli.methods.inject import inner_model
+from ortho_cli.methods.load import hold_reflections
 from ortho_cli.methods.method import Context, Method
 from ortho_cli.tasks.task import Task
 
-from .base import load_base
+from .base import load_base, open_base
 from .ema import Average
 from .optimizers import build_optimizer, keep_moments, parameter_groups
 from .processes import open_accelerator
@@ -140,7 +142,9 @@ def build_model(recipe: Any, task: Any) -> tuple[nn.Module, list[str]]:
     """
     model: nn.Module = task.build_model(recipe.model)
     left_over: list[str] = []
-    if recipe.model.base is not None and recipe.model.name != "hf-image":  # which is its base, and loads it itself
+    if recipe.model.name == "hf-image":  # is its base, and loads it itself, but for an adapter that the base holds
+        hold_reflections(inner_model(model), open_base(recipe.model.base)[0])
+    elif recipe.model.base is not None:
         left_over = load_base(model, recipe.model.base)
     if recipe.train.checkpoint_gradients:
         recompute_activations(model)

@@ -3,10 +3,19 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ortho_cli.checkpoints.layouts import LayerIndex, canonical_to_ldm, component_name, from_canonical, sd15_layers
+from ortho_cli.checkpoints.layouts import (
+    LayerIndex,
+    canonical_to_ldm,
+    component_name,
+    filed_name,
+    fingerprint_name,
+    from_canonical,
+    sd15_layers,
+)
 from ortho_cli.errors import TargetError
 
 SD15 = sd15_layers()
@@ -135,3 +144,57 @@ class TestErrors:
         assert index.nearest("encoder.layer.1.attention.self.qury", 1) == ["encoder.layer.1.attention.self.query"]
         assert len(index.nearest("encoder.layer.1.attention.self.query")) == 3
         assert index.nearest("zzz") == []
+
+
+VIT_FILE = [
+    f"vit.encoder.layer.{block}.{layer}"
+    for block in (0, 1)
+    for layer in (
+        "attention.attention.query", "attention.attention.key", "attention.attention.value", "attention.output.dense",
+        "intermediate.dense", "output.dense",
+    )
+]  # fmt: skip
+VIT_MEMORY = [
+    f"vit.layers.{block}.{layer}"
+    for block in (0, 1)
+    for layer in (
+        "attention.q_proj", "attention.k_proj", "attention.v_proj", "attention.o_proj", "mlp.fc1", "mlp.fc2",
+    )
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("wrapper", ["", "model.", "vit."])
+def test_vision_layers_as_transformers_names_them_in_memory(wrapper: str) -> None:
+    """Files and memory find each other's layers, also without or behind a wrapper."""
+
+    def wrapped(names: list[str]) -> list[str]:
+        return [name.removeprefix("vit.") if wrapper == "vit." else wrapper + name for name in names]
+
+    for held, asked in ((VIT_FILE, VIT_MEMORY), (VIT_MEMORY, VIT_FILE)):
+        assert LayerIndex(held, "plain").resolve_all(wrapped(asked)) == dict(zip(wrapped(asked), held, strict=True))
+        assert LayerIndex(wrapped(held), "plain").resolve_all(asked) == dict(zip(asked, wrapped(held), strict=True))
+    assert [fingerprint_name(name) for name in VIT_MEMORY] == [fingerprint_name(name) for name in VIT_FILE] == VIT_FILE
+
+
+def test_names_of_other_models_are_left_alone() -> None:
+    for name in (
+        "text_model.encoder.layers.0.mlp.fc1", "encoder.layers.0.attention.q_proj", "decoder.layers.3.mlp.fc2",
+        "bert.encoder.layer.0.attention.output.dense", "encoder.layer.0.mlp.fc1", "model.layers.0.self_attn.q_proj",
+    ):  # fmt: skip
+        assert filed_name(name) == name
+    assert filed_name("dinov2.encoder.layer.1.attention.o_proj") == "dinov2.encoder.layer.1.attention.output.dense"
+
+
+@pytest.mark.filterwarnings("ignore")  # transformers' own, while it is imported
+def test_the_table_is_transformers_own() -> None:
+    transformers = pytest.importorskip("transformers")
+    loading = pytest.importorskip("transformers.core_model_loading", reason="transformers 5 renames")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 8, "patch_size": 4}
+    for kind in ("ViT", "DeiT", "Dinov2", "Beit"):
+        with torch.device("meta"):
+            config = getattr(transformers, f"{kind}Config")(**sizes)
+            model = getattr(transformers, f"{kind}ForImageClassification")(config)
+        for name, module in model.named_modules():
+            if isinstance(module, torch.nn.Linear):
+                (filed,) = loading.revert_weight_conversion(model, {f"{name}.weight": module.weight})
+                assert filed_name(name) == filed.removesuffix(".weight")

@@ -179,7 +179,8 @@ def test_merged_equals_forward(name: str) -> None:
     assert gap(plain(pictures()), model(pictures())) < 1e-5
 
 
-@pytest.mark.filterwarnings("ignore:Failed to load the CUDA extension")  # PEFT's BOFT says so on every CPU
+@pytest.mark.filterwarnings("ignore:Failed to load the CUDA extension")  # PEFT's BOFT says so on every CPU,
+@pytest.mark.filterwarnings("ignore:Setting boft_n_butterfly_factor to 1")  # and what it then does
 @pytest.mark.parametrize("name", CONFIGS)
 def test_the_export_is_the_model_in_peft_and_here(name: str, tmp_path: Path) -> None:
     model, method = trained(name)
