@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
     from .checkpoint import Checkpoint
 
-__all__ = ["Adapter", "AdapterLayer", "Addition", "adapter_of", "base_bound", "read_adapter"]
+__all__ = ["Adapter", "AdapterLayer", "Addition", "adapter_of", "base_bound", "is_adapter", "read_adapter"]
 
 
 @dataclass(frozen=True)
@@ -172,6 +172,19 @@ def adapter_of(checkpoint: Checkpoint) -> Adapter:
         notes=(*checkpoint.notes, *contents.notes),
         bound=contents.bound,
     )
+
+
+def is_adapter(checkpoint: Checkpoint) -> bool:
+    """Whether a checkpoint is an adapter, or holds one beside its weights."""
+    from .dialects import detect
+
+    if checkpoint.kind == "adapter":
+        return True
+    try:
+        detect(checkpoint.tensors, checkpoint.config, checkpoint.metadata)
+    except CheckpointError:  # how `detect` says that no dialect claims the names
+        return False
+    return True
 
 
 def base_bound(adapter: Adapter) -> bool:

@@ -18,6 +18,7 @@ SAVED = "ortho.recipe"  # where a command keeps its recipe until it has succeede
 # Options that say how to run and report, not what to do: they are no part of a recipe.
 RUN_OPTIONS = {
     "recipe", "save_recipe", "force", "dry_run", "as_json", "verbose", "quiet", "debug", "push_to_hub", "private",
+    "workers", "no_report",
 }  # fmt: skip
 
 
@@ -34,7 +35,8 @@ def gather(ctx: typer.Context, verb: str, names: Mapping[str, str] | None = None
         OutputError: the recipe to save exists.
     """
     renamed = dict(names or {})
-    values = {name: value for name, value in ctx.params.items() if name not in RUN_OPTIONS}
+    declared = [parameter.name or "" for parameter in ctx.command.params]  # `ctx.params` has them as they were typed
+    values = {name: ctx.params[name] for name in declared if name in ctx.params and name not in RUN_OPTIONS}
     typed = {name for name in values if str(ctx.get_parameter_source(name)).endswith("COMMANDLINE")}
     source = ctx.params.get("recipe")
     if source:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, cast
 
 from ortho_cli.cli.arguments import save_recipe
 from ortho_cli.cli.progress import byte_bar
-from ortho_cli.cli.publish import publish
+from ortho_cli.cli.publish import check_upload, publish
 from ortho_cli.cli.show import show_report
 from ortho_cli.errors import UsageError
 from ortho_cli.surgery.plan import run
@@ -27,6 +27,8 @@ def carry(ctx: typer.Context, make_plan: Callable[[], object]) -> None:
         raise UsageError("--private is about --push-to-hub, which was not given")
     if options["push_to_hub"] and options["dry_run"]:
         raise UsageError("--dry-run writes nothing that --push-to-hub could upload", hint="leave one of them out")
+    if options["push_to_hub"]:
+        check_upload(options["push_to_hub"])
     plan = cast("Plan", make_plan())
     with byte_bar(plan.command, hidden=options["quiet"] or options["as_json"]) as bar:
         report = run(plan, force=options["force"], dry_run=options["dry_run"], progress=bar)

@@ -68,8 +68,9 @@ DIFFERENCES_SHOWN = 10  # without --verbose; the rest is counted below the table
 def _diff(checkpoint: str, other: str, fail_above: float | None, as_json: bool, verbose: bool) -> None:
     from ortho_cli.cli.progress import byte_bar
     from ortho_cli.cli.show import console_out, print_json, table
-    from ortho_cli.surgery.diff import diff, judge
+    from ortho_cli.surgery.diff import check_limit, diff, judge
 
+    check_limit(fail_above)  # before gigabytes are compared
     with byte_bar("compare", hidden=as_json) as bar:
         report = diff(checkpoint, other, progress=bar)
     if as_json:

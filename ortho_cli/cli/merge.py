@@ -73,13 +73,11 @@ def merge(
     from ortho_cli.cli.carry import carry
 
     def plan() -> object:
-        from ortho_cli.checkpoints.adapters import read_adapter
-        from ortho_cli.checkpoints.store import open_checkpoint
+        from ortho_cli.surgery.fit import open_all
         from ortho_cli.surgery.merge import plan_merge
 
         return plan_merge(
-            open_checkpoint(values["base"]),
-            [read_adapter(adapter) for adapter in values["adapters"] or []],
+            *open_all(values["base"], values["adapters"] or []),
             values["output"],
             exact=values["exact"],
             dtype=values["dtype"],

@@ -7,9 +7,29 @@ from pathlib import Path
 
 import typer
 
-from ortho_cli.errors import OutputError
+from ortho_cli.errors import OutputError, UsageError
 
-__all__ = ["publish"]
+__all__ = ["check_upload", "publish"]
+
+
+def check_upload(repo: str) -> None:
+    """Refuse, before any work, an upload that cannot succeed.
+
+    Raises:
+        UsageError: no name that a repository can have.
+        OutputError: the hub is switched off, or nobody is logged in.
+    """
+    from huggingface_hub import constants, get_token
+
+    from ortho_cli.checkpoints.hub import HubId, parse_hub_id
+
+    if parse_hub_id(repo) != HubId(repo):
+        raise UsageError(f"--push-to-hub {repo!r} is no repository's name", hint="write it as ORG/NAME")
+    later = f"leave --push-to-hub out and upload later: hf upload {repo} OUTPUT"
+    if constants.HF_HUB_OFFLINE:
+        raise OutputError("nothing can be uploaded: HF_HUB_OFFLINE is set", hint=f"unset it, or {later}")
+    if get_token() is None:
+        raise OutputError("nothing can be uploaded: no token", hint=f"log in with: hf auth login; or {later}")
 
 
 def publish(output: Path, repo: str, *, private: bool, command: str, ignore: Sequence[str] = ()) -> None:
@@ -18,15 +38,10 @@ def publish(output: Path, repo: str, *, private: bool, command: str, ignore: Seq
     Raises:
         OutputError: no token, no network, or the hub refused; the local result stays where it is.
     """
-    from huggingface_hub import HfApi, constants
+    from huggingface_hub import HfApi
 
     from ortho_cli.checkpoints.hub import hub_failures, reason_of
 
-    if constants.HF_HUB_OFFLINE:
-        raise OutputError(
-            f"{output} is written; it was not uploaded because HF_HUB_OFFLINE is set",
-            hint=f"unset it and run: hf upload {repo} {output}",
-        )
     api = HfApi()
     try:
         api.create_repo(repo, private=private, exist_ok=True)
@@ -41,6 +56,6 @@ def publish(output: Path, repo: str, *, private: bool, command: str, ignore: Seq
     except hub_failures() as error:
         raise OutputError(
             f"{output} is written; the upload to {repo} failed: {reason_of(error)}",
-            hint="check your token with ortho doctor (log in with: hf auth login)",
+            hint=f"`ortho doctor` looks at the hub and your token; then: hf upload {repo} {output}",
         ) from error
     typer.echo(f"uploaded to {link}", err=True)

@@ -21,6 +21,7 @@ from ortho_cli.checkpoints.writer import Piece, copied
 from ortho_cli.errors import TargetError, UsageError, check_choice
 
 from .adapter_folder import Factor, hra_folder
+from .fit import refuse_adapter
 from .hra_repo import control_pieces, foreign_names, has_hra, is_sd15_ldm
 from .hra_selection import HraLayer, check_repo_layers, select_layers
 from .mirror import check_output_name, mirror, parse_size
@@ -113,12 +114,14 @@ def plan_add_hra(
         _check_hra_repo(checkpoint, form, ema, output)
     if form == "adapter":
         _check_adapter_options(ema, max_shard_size)
-    ema = ema or ("drop" if repo_form else "keep")
+    if form == "checkpoint" and ema is None:
+        ema = "drop" if repo_form else "keep"
     if has_hra(checkpoint):
         raise TargetError(
             f"{checkpoint.root.name} already holds a Householder adapter",
             hint=f"take it out: ortho convert {checkpoint.root.name} --to base; or fold it in: ortho merge",
         )
+    refuse_adapter(checkpoint, "give the model it belongs to: ortho add-hra BASE -o OUT")
     if ema == "use":
         checkpoint = _with_ema(checkpoint)
     layers, counts = select_layers(checkpoint, rank, targets, exclude, gram_schmidt=gram_schmidt)
@@ -234,7 +237,7 @@ def _with_ema(checkpoint: Checkpoint) -> Checkpoint:
     return replace(checkpoint, tensors=tensors, notes=notes)
 
 
-def _ema_notes(plan: Plan, checkpoint: Checkpoint, ema: str) -> None:
+def _ema_notes(plan: Plan, checkpoint: Checkpoint, ema: str | None) -> None:
     copies = sum(name.startswith("model_ema.") for name in checkpoint.tensors)
     if copies > 2 and ema != "use":  # two counters stand even in files without EMA weights
         plan.notes.append(

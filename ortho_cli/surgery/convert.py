@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ortho_cli.checkpoints.adapters import read_adapter
 from ortho_cli.checkpoints.store import open_checkpoint
-from ortho_cli.errors import UsageError
+from ortho_cli.errors import UsageError, check_choice
 
 from .convert_adapter import ADAPTER_DIALECTS, plan_convert_adapter
 from .convert_checkpoint import (
@@ -18,6 +18,7 @@ from .convert_checkpoint import (
     plan_safetensors,
 )
 from .convert_hra_repo import plan_hra_repo
+from .fit import refuse_adapter
 from .mirror import check_output_name
 from .plan import Plan, Progress, Report, run
 
@@ -65,16 +66,19 @@ def plan_convert(
     source: str | Path, output: Path, to: str, *, base: str | None = None, force_base: bool = False
 ) -> Plan:
     """Plan `convert` from headers alone; arguments as there."""
-    if to not in FORMS:
-        raise UsageError(f"unknown form {to!r}", hint=f"one of {', '.join(FORMS)}")
+    check_choice("--to", to, FORMS)
     check_output_name(output)
     if to in ADAPTER_DIALECTS:
         return plan_convert_adapter(read_adapter(source), output, to, open_base(base), force_base=force_base)
     if to == "hra-repo":
         return plan_hra_repo(Path(source), output, open_base(base))
-    if to == "diffusers":
-        return plan_diffusers(open_checkpoint(source), output, base)
-    if base is not None:
+    if base is not None and to != "diffusers":
         raise UsageError(f"--to {to} needs nothing but the checkpoint itself", hint="leave --base out")
+    opened = open_checkpoint(source)
+    if to != "safetensors":
+        theirs = ", ".join((*ADAPTER_DIALECTS, "hra-repo"))
+        refuse_adapter(opened, f"--to {to} is for checkpoints; for adapters there are {theirs}")
+    if to == "diffusers":
+        return plan_diffusers(opened, output, base)
     plans = {"ldm": plan_ldm, "base": plan_base, "safetensors": plan_safetensors}
-    return plans[to](open_checkpoint(source), output)
+    return plans[to](opened, output)

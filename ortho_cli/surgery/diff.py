@@ -23,7 +23,7 @@ from .plan import Progress, Report
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["diff", "judge"]
+__all__ = ["check_limit", "diff", "judge"]
 
 
 def diff(
@@ -53,7 +53,7 @@ def diff(
     Cost: one pass over both.
     """
     started = time.perf_counter()
-    _check_limit(fail_above)
+    check_limit(fail_above)
     left, right = open_checkpoint(first), open_checkpoint(second)
     names, others = _by_canonical(left), _by_canonical(right)
     if progress is not None:
@@ -91,7 +91,7 @@ def diff(
 
 def judge(report: Report, fail_above: float | None) -> None:
     """Raise `NumericsError` where a `diff` report shows more than `fail_above`, or tensors on one side only."""
-    _check_limit(fail_above)
+    check_limit(fail_above)
     if fail_above is None:
         return
     one_sided = [entry for entry in report.details if entry["status"] in ("only in first", "only in second", "shape")]
@@ -104,7 +104,12 @@ def judge(report: Report, fail_above: float | None) -> None:
         )
 
 
-def _check_limit(fail_above: float | None) -> None:
+def check_limit(fail_above: float | None) -> None:
+    """Refuse a `fail_above` that nothing could be measured by: negative, or NaN.
+
+    Raises:
+        UsageError: with what a limit means.
+    """
     if fail_above is not None and (isnan(fail_above) or fail_above < 0):
         raise UsageError(
             f"--fail-above {fail_above:g} is no limit", hint="0 fails on any difference, 1e-3 on one of 0.1 %"

@@ -2,17 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
 
-from ortho_cli.checkpoints.adapters import Adapter, base_bound
+from ortho_cli.checkpoints.adapters import Adapter, base_bound, is_adapter, read_adapter
 from ortho_cli.checkpoints.fingerprint import base_fingerprint
-from ortho_cli.checkpoints.store import Checkpoint
+from ortho_cli.checkpoints.store import Checkpoint, open_checkpoint
 from ortho_cli.checkpoints.tensors import FLOAT_DTYPES, TensorInfo
 from ortho_cli.errors import CheckpointError, TargetError
 
-__all__ = ["check_base", "check_floats", "check_tensors", "input_files"]
+from .hra_repo import has_hra
+
+__all__ = ["check_base", "check_floats", "check_tensors", "input_files", "open_all", "refuse_adapter"]
+
+
+def open_all(base: str | Path, adapters: Sequence[str | Path]) -> tuple[Checkpoint, list[Adapter]]:
+    """Open a base and its adapters; the base first, so that an adapter in its place is called one.
+
+    Raises:
+        TargetError: the base is an adapter.
+        CheckpointError: one of them cannot be read.
+    """
+    opened = open_checkpoint(base)
+    refuse_adapter(opened, "the base comes first: ortho merge BASE ADAPTER -o OUT")
+    return opened, [read_adapter(adapter) for adapter in adapters]
+
+
+def refuse_adapter(checkpoint: Checkpoint, hint: str) -> None:
+    """Refuse an adapter where a checkpoint with weights of its own is wanted.
+
+    Raises:
+        TargetError: with what to do instead.
+    """
+    if is_adapter(checkpoint) and not has_hra(checkpoint):
+        raise TargetError(f"{checkpoint.root.name} is an adapter, without the weights it acts on", hint=hint)
 
 
 def check_base(

@@ -7,13 +7,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from ortho_cli.checkpoints.adapters import Adapter, adapter_of, base_bound
-from ortho_cli.checkpoints.dialects import detect
+from ortho_cli.checkpoints.adapters import Adapter, adapter_of, base_bound, is_adapter
 from ortho_cli.checkpoints.fingerprint import base_fingerprint
 from ortho_cli.checkpoints.layouts import LayerIndex, to_canonical
 from ortho_cli.checkpoints.store import PICKLE_SUFFIXES, Checkpoint, open_checkpoint
 from ortho_cli.errors import CheckpointError, TargetError, UsageError
 
+from .hra_repo import has_hra
 from .plan import Report
 
 __all__ = ["inspect", "inspect_globals"]
@@ -50,7 +50,7 @@ def inspect(source: str | Path, *, base: str | Path | None = None, layers: bool 
         "dtypes": _dtypes(checkpoint),
         "components": _components(checkpoint),
     }
-    adapter = adapter_of(checkpoint) if _is_adapter(checkpoint) else None
+    adapter = adapter_of(checkpoint) if is_adapter(checkpoint) else None
     if adapter is not None:
         totals["adapter"] = _adapter(adapter)
     if base is not None:
@@ -60,7 +60,10 @@ def inspect(source: str | Path, *, base: str | Path | None = None, layers: bool 
     own = {key: text for key, text in checkpoint.metadata.items() if key.startswith("ortho.")}
     if own:
         totals["made_by"] = own
-    found = _adapter_layers(adapter) if adapter is not None else _layers(checkpoint)
+    if adapter is not None and not has_hra(checkpoint):
+        found = _adapter_layers(adapter)
+    else:  # the weights' own, also where some of them hold reflections
+        found = _layers(checkpoint)
     return Report(
         command="inspect",
         inputs=[checkpoint.root.name],
@@ -72,16 +75,6 @@ def inspect(source: str | Path, *, base: str | Path | None = None, layers: bool 
         notes=list(adapter.notes if adapter is not None else checkpoint.notes),
         seconds=time.perf_counter() - started,
     )
-
-
-def _is_adapter(checkpoint: Checkpoint) -> bool:
-    if checkpoint.kind == "adapter":
-        return True
-    try:
-        detect(checkpoint.tensors, checkpoint.config, checkpoint.metadata)
-    except CheckpointError:  # how `detect` says that no dialect claims the names
-        return False
-    return True
 
 
 def inspect_globals(source: str | Path) -> Report:

@@ -14,14 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from ortho_cli.checkpoints import layouts
-from ortho_cli.checkpoints.adapters import Adapter, adapter_of, read_adapter
+from ortho_cli.checkpoints.adapters import Adapter, adapter_of
 from ortho_cli.checkpoints.reading import BLOCK_BYTES
-from ortho_cli.checkpoints.store import Checkpoint, open_checkpoint, read_json
+from ortho_cli.checkpoints.store import Checkpoint, read_json
 from ortho_cli.checkpoints.tensors import FLOAT_DTYPES, TensorInfo
 from ortho_cli.checkpoints.writer import Piece, computed, copied
-from ortho_cli.errors import UsageError
+from ortho_cli.errors import UsageError, check_choice
 
-from .fit import check_base, check_floats, check_tensors, input_files
+from .fit import check_base, check_floats, check_tensors, input_files, open_all
 from .fold import AddTo, Fold, Operate, Replace, ReplaceRows, Step, cast_blocks
 from .hra_repo import has_hra, plain_names
 from .mirror import mirror, parse_size
@@ -69,9 +69,7 @@ def merge(
 
     Cost: the changed weights are read, multiplied (``4 out in r`` FLOPs a layer) and written; the rest is copied.
     """
-    opened = open_checkpoint(base)
-    sources = [adapters] if isinstance(adapters, (str, Path)) else adapters
-    found = [read_adapter(adapter) for adapter in sources]
+    opened, found = open_all(base, [adapters] if isinstance(adapters, (str, Path)) else adapters)
     plan = plan_merge(
         opened, found, Path(output), exact=exact, dtype=dtype, max_shard_size=max_shard_size, force_base=force
     )
@@ -89,8 +87,7 @@ def plan_merge(
     force_base: bool = False,
 ) -> Plan:
     """Plan `merge` from headers alone (and 8 kB a layer for the base's fingerprint); arguments as there."""
-    if dtype not in DTYPES:
-        raise UsageError(f"unknown dtype {dtype!r}", hint=f"one of {', '.join(DTYPES)}")
+    check_choice("--dtype", dtype, tuple(DTYPES))
     own = has_hra(base)
     if own and adapters:
         raise UsageError(

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from ortho_cli.checkpoints.store import open_checkpoint
 from ortho_cli.cli.app import app
 from ortho_cli.surgery.small_sd15 import small_sd15
 
@@ -110,6 +111,42 @@ def test_a_saved_recipe_repeats_the_command(base: Path, tmp_path: Path) -> None:
     assert code == 3 and "add-hra" in err
 
 
+def test_a_saved_recipe_reads_as_the_command_is_written(base: Path, tmp_path: Path) -> None:
+    """Input first, whatever order the words came in."""
+    recipe = tmp_path / "r.yaml"
+    words = ["--rank", 4, "-q", "--targets", "attn1.*", "--save-recipe", recipe, "-o", tmp_path / "a", base]
+    assert ortho("add-hra", *words)[0] == 0
+    keys = [line.partition(":")[0] for line in recipe.read_text().splitlines() if re.match(r"\w+:", line)]
+    assert keys == ["version", "verb", "checkpoint", "output", "rank", "targets"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["add-hra", "base", "-o", "a"],
+        ["add-hra", "base", "-o", "a.safetensors", "--rank", "4", "--rank", "**.to_q=8", "--exclude", "ff.**"],
+        ["add-hra", "base", "-o", "a", "--as", "checkpoint", "--gram-schmidt", "--max-shard-size", "20MB"],
+        ["merge", "base", "hra", "hra", "-o", "a.safetensors", "--exact", "--dtype", "bf16"],
+        ["convert", "hra", "-o", "a.safetensors", "--to", "kohya-lora", "--base", "base"],
+    ],
+    ids=lambda words: " ".join(words),
+)  # fmt: skip
+def test_the_command_in_the_metadata_does_the_same_again(
+    words: list[str], base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It holds no folder, and no output: everything else is there, and is accepted."""
+    monkeypatch.chdir(tmp_path)
+    Path("base.safetensors").symlink_to(base)
+    assert ortho("add-hra", "base.safetensors", "-o", "hra", "-q")[0] == 0
+    assert ortho(*[{"base": "base.safetensors"}.get(word, word) for word in words], "-q")[0] == 0
+    output = words[words.index("-o") + 1]
+    again = output.replace("a", "b", 1)
+    command = open_checkpoint(output).metadata["ortho.command"].split()
+    assert ortho(*command[1:], "-o", again, "-q") == (0, "", "")
+    for path in [Path(again)] if Path(again).is_file() else Path(again).iterdir():
+        assert path.read_bytes() == Path(str(path).replace(again, output, 1)).read_bytes(), path
+
+
 def test_every_option_of_a_verb_is_a_recipe_key() -> None:
     import typer
 
@@ -168,10 +205,25 @@ def test_doctor_finds_a_working_house() -> None:
     assert not any("hf_" in str(check["found"]) for check in report["details"])
 
 
-def test_push_to_hub_offline_keeps_the_result_and_says_what_to_type(base: Path, tmp_path: Path) -> None:
-    code, _, err = ortho("add-hra", base, "-o", tmp_path / "a", "-q", "--push-to-hub", "me/adapter")
-    assert code == 6 and "hf upload me/adapter" in err
-    assert (tmp_path / "a" / "adapter_config.json").is_file()
+@pytest.mark.parametrize(
+    ("repo", "offline", "token", "code", "message"),
+    [
+        ("me/adapter", True, "hf_x", 6, "HF_HUB_OFFLINE is set"),
+        ("me/adapter", False, None, 6, "no token"),
+        ("me/my adapter", False, "hf_x", 2, "is no repository's name"),
+    ],
+)
+def test_an_upload_that_cannot_be_is_refused_before_the_work(
+    repo: str, offline: bool, token: str | None, code: int, message: str,
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: token)
+    found, _, err = ortho("add-hra", base, "-o", tmp_path / "a", "--push-to-hub", repo)
+    assert found == code and message in err and "hint: " in err
+    assert not (tmp_path / "a").exists()
 
 
 def test_module_entry_point() -> None:
@@ -214,9 +266,26 @@ def test_a_hub_that_cannot_be_reached_is_one_line(base: Path, tmp_path: Path, mo
         raise OSError("")
 
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_x")
     monkeypatch.setattr(huggingface_hub.HfApi, "create_repo", refuse)
     code, _, err = ortho("add-hra", base, "-o", tmp_path / "a", "-q", "--push-to-hub", "me/adapter")
     assert code == 6 and "is written; the upload to me/adapter failed: OSError" in err
+    assert f"hf upload me/adapter {tmp_path / 'a'}" in err and (tmp_path / "a" / "adapter_config.json").is_file()
+
+
+def test_a_limit_is_refused_before_the_comparison(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from ortho_cli.surgery import diff
+
+    monkeypatch.setattr(diff, "open_checkpoint", lambda source: pytest.fail("opened"))
+    assert ortho("inspect", base, "--diff", base, "--fail-above", "-1")[0] == 2
+
+
+def test_the_benchmark_measures_every_command(base: Path) -> None:
+    code, out, _ = ortho("bench", "surgery", base, "--rounds", 1, "--json")
+    found = {entry["name"]: entry for entry in json.loads(out)["details"]}
+    assert code == 0 and next(iter(found)) == "copy + fsync" and len(found) == 7
+    assert all(entry["median_seconds"] > 0 and entry["peak_bytes"] > 10**6 for entry in found.values())
+    assert sorted(path.name for path in base.parent.iterdir()) == [base.name]
 
 
 def test_a_closed_pipe_is_no_error(base: Path) -> None:

@@ -15,6 +15,7 @@ from true_scale import LDM, TARGETS, sparse
 from ortho_cli.checkpoints.store import open_checkpoint
 from ortho_cli.errors import CheckpointError, OrthoError, TargetError, UsageError
 from ortho_cli.surgery.add_hra import add_hra, plan_add_hra
+from ortho_cli.surgery.convert import convert
 from ortho_cli.surgery.small_sd15 import small_sd15
 
 
@@ -129,6 +130,17 @@ def test_a_base_that_holds_hra_already(tmp_path: Path, stored: str) -> None:
         add_hra(tmp_path / "hra.safetensors", tmp_path / "out", targets=["a"])
     assert "--to base" in (caught.value.hint or "")
     assert "ortho merge" in (caught.value.hint or "")
+
+
+def test_an_adapter_is_no_model(small: Path, tmp_path: Path) -> None:
+    """Its own factors are matrices too, and would be adapted like any."""
+    add_hra(small, tmp_path / "hra")
+    convert(tmp_path / "hra", tmp_path / "lora", "peft-lora", base=small)
+    convert(tmp_path / "hra", tmp_path / "kohya.safetensors", "kohya-lora", base=small)
+    for name in ("hra", "lora", "kohya.safetensors"):
+        with pytest.raises(TargetError, match=f"{name} is an adapter") as caught:
+            add_hra(tmp_path / name, tmp_path / "out", targets=["all-linear"])
+        assert "add-hra BASE" in (caught.value.hint or "")
 
 
 @pytest.mark.parametrize("told_by", ["configuration", "bias"])

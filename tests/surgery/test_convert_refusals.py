@@ -61,7 +61,10 @@ TRANSPOSED = peft(AB, peft_type="LORA", r=2, lora_alpha=2, fan_in_fan_out=True)
         (BIASED, "kohya-lora", CheckpointError, r"1 whole tensors of .*to_q\.bias.* no place in kohya-lora"),
         (FOREIGN, "kohya-lora", TargetError, r"'h\.0\.mlp' has no name in kohya's format"),
         (FOREIGN, "diffusers-lora", TargetError, r"h\.0\.mlp is in no component for which diffusers loads a LoRA"),
-        (HRA, "lycoris", UsageError, "unknown form 'lycoris'"),
+        (HRA, "lycoris", UsageError, "--to 'lycoris' is none of peft-hra, "),
+        (HRA, "ldm", TargetError, "theirs is an adapter, without the weights it acts on"),
+        (LORA, "diffusers", TargetError, "theirs is an adapter"),
+        (HRA, "base", TargetError, "theirs is an adapter"),
     ],
 )  # fmt: skip
 def test_what_has_no_exact_form(

@@ -99,7 +99,7 @@ class TestAdapters:
         found = report.totals["adapter"]
         assert (found["dialect"], found["kind"], found["ranks"]) == ("hra-repo", "hra", {"4": 128, "8": 16})
         assert report.totals["components"].keys() == {"unet", "vae", "text_encoder"}
-        assert report.layers == 144
+        assert (found["layers"], report.layers) == (144, inspect(small).layers)
 
     def test_an_export_is_bound(self, small: Path, adapter: Path, tmp_path: Path) -> None:
         convert(adapter, tmp_path / "k.safetensors", "kohya-lora", base=str(small))

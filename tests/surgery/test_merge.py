@@ -201,7 +201,7 @@ class TestDtype:
             assert relative_error(tensor, wanted[name]) < (1e-2 if dtype is not None else 1e-6)
 
     def test_no_such_type(self, base: Path, tmp_path: Path) -> None:
-        with pytest.raises(UsageError, match="unknown dtype 'fp8'") as caught:
+        with pytest.raises(UsageError, match="--dtype 'fp8' is none of keep") as caught:
             merge(base, [hra(tmp_path / "hra")[0]], tmp_path / "out.safetensors", dtype="fp8")
         assert "bf16" in (caught.value.hint or "")
 

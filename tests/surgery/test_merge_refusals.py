@@ -47,6 +47,14 @@ def left_behind(folder: Path) -> set[str]:
     return {path.name for path in folder.iterdir() if not path.name.startswith(inputs)}
 
 
+@pytest.mark.parametrize("adapters", [["base.safetensors"], []])
+def test_an_adapter_in_the_place_of_the_base(adapter: Path, base: Path, tmp_path: Path, adapters: list[str]) -> None:
+    with pytest.raises(TargetError, match=f"{adapter.name} is an adapter, without the weights") as caught:
+        merge(adapter, [tmp_path / name for name in adapters], tmp_path / "out")
+    assert "the base comes first" in (caught.value.hint or "")
+    assert left_behind(tmp_path) == set()
+
+
 class TestNames:
     def test_a_layer_the_base_does_not_have(self, base: Path, tmp_path: Path) -> None:
         broken = peft_folder(
