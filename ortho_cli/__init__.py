@@ -32,11 +32,13 @@ _API = {
     "convert": "surgery.convert",
     "diff": "surgery.diff",
     "disable_adapter": "methods.adapter_layer",
+    "factorize": "surgery.factorize",
     "factorize_": "methods.factorized",
     "frobenius_decay_": "methods.frobenius_decay",
     "gor_penalty": "methods.gor",
     "inspect": "surgery.inspect",
     "load_adapter": "methods.load",
+    "load_factorized": "methods.load_factorized",
     "merge": "surgery.merge",
     "open_checkpoint": "checkpoints.store",
     "orthogonality_penalty": "methods.orthogonality",
@@ -48,7 +50,7 @@ _API = {
 __all__ = [
     "Adapter", "Checkpoint", "CheckpointError", "NumericsError", "OrthoError", "OutputError", "RecipeError", "Report",
     "TargetError", "TensorReader", "UsageError", "add_adapter", "add_hra", "convert", "diff", "disable_adapter",
-    "factorize_", "frobenius_decay_", "gor_penalty", "inspect", "load_adapter", "merge",
+    "factorize", "factorize_", "frobenius_decay_", "gor_penalty", "inspect", "load_adapter", "load_factorized", "merge",
     "open_checkpoint", "orthogonality_penalty", "parse_hub_id", "read_adapter", "save_adapter",
 ]  # fmt: skip
 
@@ -65,10 +67,12 @@ if TYPE_CHECKING:
     from .methods.frobenius_decay import frobenius_decay_
     from .methods.gor import gor_penalty
     from .methods.load import load_adapter
+    from .methods.load_factorized import load_factorized
     from .methods.orthogonality import orthogonality_penalty
     from .surgery.add_hra import add_hra
     from .surgery.convert import convert
     from .surgery.diff import diff
+    from .surgery.factorize import factorize
     from .surgery.inspect import inspect
     from .surgery.merge import merge
     from .surgery.plan import Report

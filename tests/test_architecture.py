@@ -127,9 +127,9 @@ def test_registry_entries_resolve() -> None:
 
 
 VERBS = [
-    [], ["inspect"], ["add-hra"], ["merge"], ["convert"], ["train"], ["evaluate"], ["doctor"], ["demo"],
+    [], ["inspect"], ["add-hra"], ["factorize"], ["merge"], ["convert"], ["train"], ["evaluate"], ["doctor"], ["demo"],
     ["bench"], ["bench", "surgery"], ["bench", "gor"], ["bench", "hra"],
-    ["analyze"], ["analyze", "runs"],
+    ["analyze"], ["analyze", "runs"], ["analyze", "spectrum"],
     ["recipe"], ["recipe", "list"], ["recipe", "show"], ["recipe", "check"], ["recipe", "schema"], ["recipe", "copy"],
 ]  # fmt: skip
 

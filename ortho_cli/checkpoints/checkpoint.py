@@ -54,9 +54,10 @@ class Checkpoint:
     @cached_property
     def layout(self) -> str:
         """The naming its tensors follow, as `layouts.detect` finds it."""
+        from .factored import whole_shapes
         from .layouts import detect
 
-        return detect({name: info.shape for name, info in self.tensors.items()})
+        return detect(whole_shapes(self))
 
     @property
     def format(self) -> str:

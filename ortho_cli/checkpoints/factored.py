@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
     from ortho_cli.linalg.matricize import Matricization
 
-__all__ = ["CONFIG_NAME", "METHOD", "FactoredLayer", "factored_config", "factored_layers", "read_factors"]
+__all__ = [
+    "CONFIG_NAME", "METHOD", "FactoredLayer", "factored_config", "factored_layers", "read_factors",
+    "whole_shapes",
+]  # fmt: skip
 
 CONFIG_NAME = "ortho_config.json"
 METHOD = "factorized"
@@ -79,6 +82,15 @@ def factored_layers(checkpoint: Checkpoint) -> dict[str, FactoredLayer]:
         for name, entry in layers.items()
     }
     return {name: _layer(checkpoint, name, entry) for name, entry in table.items()}
+
+
+def whole_shapes(checkpoint: Checkpoint) -> dict[str, tuple[int, ...]]:
+    """Tensor name -> shape, as if the factors were multiplied out."""
+    shapes = {name: info.shape for name, info in checkpoint.tensors.items()}
+    for name, layer in factored_layers(checkpoint).items():
+        del shapes[f"{name}.U"], shapes[f"{name}.VT"]
+        shapes[f"{name}.weight"] = layer.view.shape
+    return shapes
 
 
 def read_factors(layer: FactoredLayer) -> tuple[Tensor, Tensor]:

@@ -72,4 +72,6 @@ def read_matrix(info: TensorInfo, view: Matricization) -> Tensor:
 
     with TensorReader() as reader:
         stored = reader.read(info)
-        return view.to_matrix(stored).to(torch.promote_types(stored.dtype, torch.float32)).contiguous()
+        return (
+            view.to_matrix(stored.reshape(view.shape)).to(torch.promote_types(stored.dtype, torch.float32)).contiguous()
+        )

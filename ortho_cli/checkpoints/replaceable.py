@@ -30,7 +30,7 @@ _BESIDE = re.compile(
 )
 _COMPONENTS = (
     *WEIGHT_COMPONENTS, "tokenizer", "tokenizer_2", "tokenizer_3", "scheduler", "feature_extractor", "image_processor",
-    "processor", "1_Pooling", "2_Dense", "2_Normalize", "3_Normalize",
+    "processor", "1_Pooling", "2_Dense", "2_Normalize", "3_Normalize", "base", "adapter",
 )  # fmt: skip
 
 

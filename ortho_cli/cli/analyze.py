@@ -11,6 +11,7 @@ import typer
 
 from ortho_cli.cli.completion import words
 from ortho_cli.cli.options import OUTPUT, DebugOption, DryRunOption, ForceOption, JsonOption, QuietOption
+from ortho_cli.cli.spectrum import analyze_spectrum
 
 __all__ = ["app"]
 
@@ -24,6 +25,7 @@ def _analyze() -> None:
     pass
 
 
+app.command("spectrum")(analyze_spectrum)
 
 
 @app.command("runs")

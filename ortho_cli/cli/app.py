@@ -14,7 +14,20 @@ import typer
 from typer.core import TyperGroup
 
 from ortho_cli import __version__
-from ortho_cli.cli import add_hra, analyze, bench, convert, demo, doctor, evaluate, inspect, merge, recipe, train
+from ortho_cli.cli import (
+    add_hra,
+    analyze,
+    bench,
+    convert,
+    demo,
+    doctor,
+    evaluate,
+    factorize,
+    inspect,
+    merge,
+    recipe,
+    train,
+)
 from ortho_cli.errors import OrthoError, UsageError
 
 __all__ = ["OrthoGroup", "app", "main"]
@@ -112,6 +125,7 @@ def _root(
 CHECKPOINTS, TRAINING, ANALYSIS, HELP = "Checkpoints", "Training", "Analysis", "Help"
 app.command("inspect", rich_help_panel=CHECKPOINTS)(inspect.inspect)
 app.command("add-hra", rich_help_panel=CHECKPOINTS)(add_hra.add_hra)
+app.command("factorize", rich_help_panel=CHECKPOINTS)(factorize.factorize)
 app.command("merge", rich_help_panel=CHECKPOINTS)(merge.merge)
 app.command("convert", rich_help_panel=CHECKPOINTS)(convert.convert)
 app.command("train", rich_help_panel=TRAINING)(train.train)

@@ -40,7 +40,7 @@ def convert(
             autocompletion=forms,
             rich_help_panel=METHOD,
             help="Adapters: peft-hra, peft-lora, kohya-lora, diffusers-lora, hra-repo. "
-            "Checkpoints: ldm, diffusers, base (take an adapter out), safetensors.",
+            "Checkpoints: ldm, diffusers, base (take an adapter out), dense (multiply factors out), safetensors.",
         ),
     ] = None,
     base: Annotated[

@@ -20,6 +20,11 @@ __all__ = ["console_out", "human_bytes", "print_json", "show_notes", "show_repor
 
 WIDE = 250
 LAYERS_SHOWN = 10  # in a table without --verbose
+# Figures of a layer, where it has them.
+MEASURED = (
+    "relative_change", "largest_angle", "relative_error", "energy", "activation_error", "plain_activation_error",
+    "reason",
+)  # fmt: skip
 Rows = Sequence[Sequence[object]]
 
 
@@ -38,7 +43,8 @@ def show_report(report: Report, *, as_json: bool, quiet: bool, verbose: bool) ->
     if report.layers:
         summary.append(("layers", f"{report.layers:,}"))
     if report.parameters:
-        summary.append(("adapter parameters", f"{report.parameters:,}"))
+        label = "parameters" if report.command == "factorize" else "adapter parameters"
+        summary.append((label, f"{report.parameters:,}"))
     summary += [(name.replace("_", " "), _value(name, value)) for name, value in report.totals.items()]
     summary += [(verb, f"{item['path']}  {human_bytes(item['bytes'])}") for item in _main_outputs(report.outputs)]
     if not report.dry_run:
@@ -113,13 +119,14 @@ def human_bytes(count: float) -> str:
 
 def _layers(console: Console, report: Report, verbose: bool) -> None:
     """The layers: all with `verbose`, else those that changed most, or the first few."""
-    columns = [key for key in ("kind", "shape", "dtype", "rank", "parameters", "relative_change", "largest_angle")]
+    columns = [key for key in ("kind", "shape", "dtype", "rank", "parameters", *MEASURED)]
     present = [key for key in columns if any(detail.get(key) is not None for detail in report.details)]
     details = list(report.details)
     title = None
     if not verbose and len(details) > LAYERS_SHOWN:
-        if "relative_change" in present:
-            details.sort(key=lambda detail: -float(detail.get("relative_change") or 0.0))
+        change = next((key for key in ("relative_change", "relative_error") if key in present), None)
+        if change is not None:
+            details.sort(key=lambda detail: -float(detail.get(change) or 0.0))
             title = f"the {LAYERS_SHOWN} of {len(report.details)} layers that changed most (all with -v)"
         else:
             title = f"the first {LAYERS_SHOWN} of {len(report.details)} layers (all with -v)"
@@ -155,8 +162,10 @@ def _detail(key: str, value: object) -> str:
         if value and isinstance(value[0], list):
             return " ".join("x".join(map(str, shape)) for shape in value)
         return "x".join("?" if size is None else str(size) for size in value)
-    if key == "relative_change" and isinstance(value, float):
+    if key in ("relative_change", "activation_error", "plain_activation_error") and isinstance(value, float):
         return f"{value:.2e}"
+    if key in ("relative_error", "energy") and isinstance(value, float):
+        return f"{value:.4f}"
     if key == "largest_angle" and isinstance(value, float):
         return f"{value:.4f} rad"
     return f"{value:,}" if isinstance(value, int) else str(value)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from os import PathLike
 from pathlib import Path
 from typing import Annotated, Literal
@@ -19,12 +19,12 @@ from ortho_cli.errors import RecipeError
 from ortho_cli.recipe.explain import listed, nearest
 from ortho_cli.recipe.load import read_recipe, validate
 from ortho_cli.recipe.parse import Positions, Problem, parse_yaml, refusal
-from ortho_cli.recipe.section import VERSION, Count, Section, Text, Version
+from ortho_cli.recipe.section import VERSION, Count, Positive, Rejection, Section, Text, Version
 from ortho_cli.recipe.shipped import find
 from ortho_cli.recipe.write import plain_data, to_yaml, write_recipe
 
 __all__ = [
-    "TRAIN_KEYS", "VERBS", "Adapter", "AddHRA", "Convert", "Merge", "VerbRecipe", "check_verb", "command",
+    "TRAIN_KEYS", "VERBS", "Adapter", "AddHRA", "Convert", "Factorize", "Merge", "VerbRecipe", "check_verb", "command",
     "is_training", "load_verb", "save_verb",
 ]  # fmt: skip
 
@@ -38,6 +38,8 @@ def _pattern_rank(text: str) -> str:
     return text
 
 
+_RANK_RULES = ("rank", "rank_scale", "target_ratio", "energy", "max_error", "budget")
+Ratio = Annotated[float, Field(gt=0, le=1)]
 PatternRank = Annotated[str, AfterValidator(_pattern_rank)]
 ShardSize = Annotated[Text | None, Field(description="Split larger outputs into files of at most this size, e.g. 5GB.")]
 Output = Annotated[Text | None, Field(description="The file or folder to write.")]
@@ -103,12 +105,55 @@ class Convert(VerbRecipe):
     input: Text = Field(description="The adapter or checkpoint to convert.")
     output: Output = None
     to: Literal[
-        "peft-hra", "peft-lora", "kohya-lora", "diffusers-lora", "hra-repo", "ldm", "diffusers", "base", "safetensors"
+        "peft-hra",
+        "peft-lora",
+        "kohya-lora",
+        "diffusers-lora",
+        "hra-repo",
+        "ldm",
+        "diffusers",
+        "base",
+        "dense",
+        "safetensors",
     ] = Field(description="The format to write.")
     base: Text | None = Field(default=None, description="The base of the adapter, where the format needs its weights.")
 
 
-VERBS: dict[str, type[VerbRecipe]] = {"add-hra": AddHRA, "merge": Merge, "convert": Convert}
+class Factorize(VerbRecipe):
+    """Replace weights by low-rank factors."""
+
+    verb: Literal["factorize"]
+    checkpoint: Text = Field(description="The checkpoint to factor: a file, a folder or a hub id.")
+    output: Output = None
+    rank: Count | Annotated[list[Count | PatternRank], Field(min_length=1)] | None = Field(
+        default=None, description="Rank of a layer; in a list, 'pattern=rank' speaks for some layers and the last wins."
+    )
+    rank_scale: Positive | None = Field(default=None, description="Rank as a share of the full one, as FNL rounds it.")
+    target_ratio: Ratio | None = Field(default=None, description="Parameters of the whole checkpoint, after / before.")
+    energy: Ratio | None = Field(default=None, description="Share of each layer's squared norm that is kept.")
+    max_error: Ratio | None = Field(default=None, description="Relative Frobenius error of each layer.")
+    budget: Ratio | None = Field(default=None, description="Cost of the targeted layers, after / before, shared out.")
+    budget_unit: Literal["params", "flops"] | None = Field(default=None, description="What the budget counts.")
+    calibrate: Text | None = Field(default=None, description="Text to fit the factors to the inputs of the layers.")
+    samples: Count = Field(default=256, description="Lines of it.")
+    targets: list[Text] | None = Field(default=None, description="Patterns or presets; null: large Linear and conv.")
+    exclude: list[Text] = Field(default=[], description="Patterns of layers to leave alone.")
+    as_: Literal["factors", "dense", "lora-residual"] = Field(
+        default="factors", alias="as", description="Factors, truncated weights, or a residual base with a LoRA."
+    )
+    method: Literal["auto", "svd", "randomized"] = Field(default="auto", description="How layers are decomposed.")
+    report: Text | None = Field(default=None, description="The report's folder; null: beside the output.")
+
+    def problems(self) -> Iterator[Rejection]:
+        """One rule at most: the command line may give it instead."""
+        rules = [name for name in _RANK_RULES if getattr(self, name) is not None]
+        if len(rules) > 1:
+            yield (rules[1],), f"{rules[0]} is a rank rule too, and exactly one is needed"
+        if self.budget_unit is not None and self.budget is None:
+            yield ("budget_unit",), "is about budget, which is not given"
+
+
+VERBS: dict[str, type[VerbRecipe]] = {"add-hra": AddHRA, "factorize": Factorize, "merge": Merge, "convert": Convert}
 
 
 def is_training(data: Mapping[str, object]) -> bool:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ortho_cli.checkpoints import layouts
 from ortho_cli.checkpoints.dialects.contents import ortho_method
+from ortho_cli.checkpoints.factored import factored_config, factored_layers
 from ortho_cli.checkpoints.store import Checkpoint, open_checkpoint
 from ortho_cli.checkpoints.tensors import TensorInfo
 from ortho_cli.checkpoints.writer import Piece, copied
@@ -26,7 +27,7 @@ from .plan import OutputFile, Plan, provenance
 __all__ = ["CHECKPOINT_FORMS", "plan_base", "plan_diffusers", "plan_ldm", "plan_safetensors"]
 
 LDM_PREFIXES = {"UNet": "model.diffusion_model.", "VAE": "first_stage_model.", "text encoder": "cond_stage_model."}
-CHECKPOINT_FORMS = ("ldm", "diffusers", "base", "safetensors")
+CHECKPOINT_FORMS = ("ldm", "diffusers", "base", "dense", "safetensors")
 
 
 def plan_base(checkpoint: Checkpoint, output: Path) -> Plan:
@@ -82,6 +83,11 @@ def _mirrored(form: str, checkpoint: Checkpoint, output: Path, transform: object
     assert callable(transform)
     kept = () if form == "base" else ("ortho.method", "ortho.targets", "ortho.base_fingerprint")
     own = {key: text for key, text in checkpoint.metadata.items() if key in kept}  # how its reflections act
+    factored = factored_layers(checkpoint) if form == "safetensors" and output.suffix == ".safetensors" else {}
+    if factored:  # a single file has no ortho_config.json beside it
+        own["ortho.method"] = json.dumps(
+            factored_config({name: (layer.view, layer.rank) for name, layer in factored.items()}), sort_keys=True
+        )
     metadata = {**own, **provenance("convert", [checkpoint.source.rstrip("/")], {"to": form})}
     written = mirror(checkpoint, output, transform, metadata)
     plan = Plan("convert", input_files(checkpoint), output, written.files, copies=written.copies, texts=written.texts)

@@ -24,7 +24,7 @@ __all__ = ["FORMS", "Computed", "FromPool", "Grams", "LayerWork", "OnDone", "job
 
 FORMS = ("factors", "dense", "lora-residual")
 OnDone = Callable[[str, "Computed"], None]
-BLOCK = 2**22  # bytes beside the large tensors: blocks of residuals and of Gram matrices
+TOLERANCE = 0.01  # of the squared error, above the smallest
 
 
 class Grams(NamedTuple):
@@ -59,7 +59,7 @@ class LayerWork:
     ranks: Mapping[str, int]
     form: str
     method: str = "auto"
-    tolerance: float = 0.01
+    tolerance: float = TOLERANCE
     grams: Callable[[FactorLayer], Grams] | None = None
 
     def __call__(self, name: str) -> Computed:
@@ -68,29 +68,33 @@ class LayerWork:
         Raises:
             NumericsError: a weight or a result that is not finite.
         """
-        import torch
-
         layer = self.layers[name]
         matrix = read_matrix(layer.info, layer.view)
         check_finite(matrix, layer)
         grams = self.grams(layer) if self.grams is not None else None
         factors = self._factors(matrix, self.ranks[name], grams)
-        dtype = getattr(torch, TORCH_DTYPES[layer.info.dtype])
-        if self.form == "factors":
-            tensors = {"U": factors.u.to(dtype), "VT": factors.vt.to(dtype)}
-        elif self.form == "adapter":
-            tensors = {"U": factors.u.float(), "VT": factors.vt.float()}
-        else:
-            product = factors.u @ factors.vt
-            weight = product if self.form == "dense" else matrix - product
-            tensors = {"weight": layer.view.to_weight(weight).reshape(layer.info.shape).to(dtype).contiguous()}
-        for tensor in tensors.values():
-            if not bool(torch.isfinite(tensor).all()):
-                raise NumericsError(f"layer {name} is not finite as {layer.info.dtype}", where=str(layer.info.path))
-        figures = self._figures(matrix, factors, tensors)
-        if grams is not None:
-            figures |= self._activation_errors(matrix, tensors, factors, grams, layer)
+        tensors = self._written(layer, matrix, factors)
+        figures = {} if grams is None else self._activation_errors(matrix, tensors, factors, grams, layer)
+        figures |= self._figures(layer, matrix, factors, tensors)
         return Computed(tensors, figures, [float(value) for value in factors.values])
+
+    def _written(
+        self, layer: FactorLayer, matrix: Tensor, factors: SpectralFactors | WhitenedFactors
+    ) -> Mapping[str, Tensor]:
+        """What goes into the output, in its own type."""
+        import torch
+
+        dtype = torch.float32 if self.form == "adapter" else getattr(torch, TORCH_DTYPES[layer.info.dtype])
+        if self.form in ("factors", "adapter"):
+            tensors = {"U": factors.u.to(dtype), "VT": factors.vt.to(dtype)}
+        else:
+            weight = factors.u @ factors.vt
+            if self.form == "lora-residual":
+                weight = matrix - weight
+            tensors = {"weight": layer.view.to_weight(weight).reshape(layer.info.shape).to(dtype).contiguous()}
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
+            raise NumericsError(f"layer {layer.name} is not finite as {layer.info.dtype}", where=str(layer.info.path))
+        return tensors
 
     def _factors(self, matrix: Tensor, rank: int, grams: Grams | None) -> SpectralFactors | WhitenedFactors:
         from ortho_cli.linalg.spectral import spectral_factors
@@ -101,17 +105,23 @@ class LayerWork:
         return spectral_factors(matrix, rank, method=self.method, tolerance=self.tolerance)
 
     def _figures(
-        self, matrix: Tensor, factors: SpectralFactors | WhitenedFactors, tensors: Mapping[str, Tensor]
+        self,
+        layer: FactorLayer,
+        matrix: Tensor,
+        factors: SpectralFactors | WhitenedFactors,
+        tensors: Mapping[str, Tensor],
     ) -> dict[str, Any]:
-        """What the written tensors are worth; rounding to the stored type is part of it."""
-        import torch
-
+        """What the written tensors are worth, rounding to the stored type included; the matrix is used up."""
         from ortho_cli.linalg.product import non_orthogonality
-        from ortho_cli.linalg.spectral import relative_error
+        from ortho_cli.linalg.spectral import frobenius_norm, relative_error
 
-        norm = float(torch.linalg.vector_norm(matrix, dtype=torch.float64))
-        u, vt = tensors.get("U", factors.u), tensors.get("VT", factors.vt)
-        error = float(relative_error(matrix, u.to(matrix.dtype), vt.to(matrix.dtype)))
+        norm = frobenius_norm(matrix)
+        u, vt = tensors.get("U", factors.u).to(matrix.dtype), tensors.get("VT", factors.vt).to(matrix.dtype)
+        if self.form == "dense":
+            matrix -= layer.view.to_matrix(tensors["weight"].reshape(layer.view.shape)).to(matrix.dtype)
+            error = float(frobenius_norm(matrix)) / (float(norm) or 1.0)
+        else:
+            error = float(relative_error(matrix, u, vt, norm))
         values = factors.values
         smallest = float(values[-1])
         return {
@@ -119,7 +129,7 @@ class LayerWork:
             "energy": max(0.0, 1 - error**2),
             "non_orthogonality": sum(map(float, non_orthogonality(u, vt))) / 2,
             "condition": float(values[0]) / smallest if smallest > 0 else None,
-            "norm": norm,
+            "norm": float(norm),
             "method": getattr(factors, "method", "whitened"),
         }
 
@@ -152,12 +162,14 @@ def job_bytes(layer: FactorLayer, rank: int, *, whole: bool, calibrated: bool) -
         whole: the output is a whole weight again.
         calibrated: the weight is whitened, in float64.
     """
-    rows, cols = layer.size.rows, layer.size.cols
+    from ortho_cli.linalg.subspace_iteration import prefers_subspace
+
+    short, long = sorted((layer.size.rows, layer.size.cols))
     stored = DTYPE_BITS[layer.info.dtype] // 8
-    weight = layer.info.numel * (stored + 4 + (stored + 8 if whole else 0) + (24 if calibrated else 0))
-    short, long = sorted((rows, cols))
-    decomposition = 24 * short**2 + 20 * rank * long
-    return weight + decomposition + BLOCK + (24 * cols**2 if calibrated else 0)
+    weight = layer.info.numel * (2 * stored + 4 + (stored + 8 if whole else 0) + (24 if calibrated else 0))
+    exact = calibrated or not prefers_subspace(long, short, rank, TOLERANCE)
+    decomposition = 32 * short**2 + 16 * rank * long if exact else 4 * short**2 + 24 * rank * (short + long)
+    return weight + decomposition + (24 * layer.size.cols**2 if calibrated else 0)
 
 
 @dataclass(frozen=True)

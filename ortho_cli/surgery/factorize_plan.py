@@ -18,7 +18,7 @@ from ortho_cli.checkpoints.tensors import TensorInfo
 from ortho_cli.checkpoints.writer import Piece, computed, copied, file_order
 
 from .factorize_calibrate import Calibration
-from .factorize_layers import Computed, FromPool, LayerWork, job_bytes
+from .factorize_layers import TOLERANCE, Computed, FromPool, LayerWork, job_bytes
 from .factorize_ranks import Ranks, Rule
 from .factorize_residual import Chosen, adapter_order, residual_files
 from .factorize_selection import FactorLayer, Selected
@@ -130,7 +130,7 @@ class Factorization:
         return written, [residuals, factors]
 
     def _pool(self, form: str, takes: int = 1) -> LayerPool[Computed]:
-        tolerance = 0.0 if self.rule.exact else 0.01  # of the squared error; a promised bound needs exact factors
+        tolerance = 0.0 if self.rule.exact else TOLERANCE  # a promised bound needs exact factors
         grams = self.calibration.grams if self.calibration is not None else None
         work = LayerWork(self.layers, self.ranks.ranks, form, self.method, tolerance, grams)
         return LayerPool(work, takes=takes, workers=self.workers)
@@ -165,7 +165,8 @@ class Factorization:
         rank = self.ranks.ranks[layer.name]
         return {
             "name": layer.name, "shape": list(layer.info.shape), "dtype": layer.info.dtype, "kind": layer.view.kind,
-            "rank": rank, "parameters": layer.size.factored(rank), "parameters_before": layer.size.dense,
+            "matrix": [layer.size.rows, layer.size.cols], "rank": rank, "parameters": layer.size.factored(rank),
+            "parameters_before": layer.size.dense,
         }  # fmt: skip
 
     def _whole(self) -> Iterator[dict[str, Any]]:
@@ -204,7 +205,8 @@ class Factorization:
 
     def _finish(self, plan: Plan) -> None:
         """Sum up what the layers became."""
-        plan.totals["relative_error"] = _total_error(self.details)
+        lost, whole = _square_sums(self.details)
+        plan.totals |= {"squared_error": lost, "relative_error": sqrt(lost / whole) if whole else 0.0}
         if self.calibration is not None:
             for key in ("activation_error", "plain_activation_error"):
                 plan.totals[f"mean_{key}"] = fmean(detail[key] for detail in self.details.values())
@@ -222,8 +224,7 @@ def _reason_kind(reason: str) -> str:
     return "the rank saves nothing" if "saves nothing" in reason else reason
 
 
-def _total_error(details: Mapping[str, Mapping[str, Any]]) -> float:
-    """Relative error of all factored layers together."""
-    squares = [(detail["norm"] ** 2, detail["relative_error"] ** 2) for detail in details.values()]
-    whole = sum(norm for norm, _ in squares)
-    return sqrt(sum(norm * error for norm, error in squares) / whole) if whole else 0.0
+def _square_sums(details: Mapping[str, Mapping[str, Any]]) -> tuple[float, float]:
+    """Squared norms of the errors of all factored layers, and of the layers themselves."""
+    whole = {name: float(detail["norm"]) ** 2 for name, detail in details.items()}
+    return sum(whole[name] * detail["relative_error"] ** 2 for name, detail in details.items()), sum(whole.values())

@@ -120,7 +120,7 @@ def choose_ranks(
     found = Ranks()
     if rule.spectral:
         found.spectra = _spectra(layers, workers, gram, progress)
-    wanted = _wanted(rule, layers, found, layout, parameters)
+    wanted = _wanted(rule, layers, found, layout, parameters, relative=gram is not None)
     for layer in layers:
         rank = wanted.get(layer.name)
         if rank is None:
@@ -146,7 +146,7 @@ def choose_ranks(
 def spectrum_bytes(layer: FactorLayer) -> int:
     """Memory to read a weight and decompose its Gram matrix: stored, in float32, and three matrices in float64."""
     short = min(layer.size.rows, layer.size.cols)
-    return layer.info.numel * (DTYPE_BITS[layer.info.dtype] // 8 + 4) + 24 * short**2
+    return layer.info.numel * (2 * DTYPE_BITS[layer.info.dtype] // 8 + 4) + 24 * short**2
 
 
 def _why_whole(rule: Rule) -> str:
@@ -156,7 +156,7 @@ def _why_whole(rule: Rule) -> str:
 
 
 def _wanted(
-    rule: Rule, layers: Sequence[FactorLayer], found: Ranks, layout: str, parameters: int
+    rule: Rule, layers: Sequence[FactorLayer], found: Ranks, layout: str, parameters: int, *, relative: bool
 ) -> Mapping[str, int | None]:
     from ortho_cli.linalg import ranks as rules
     from ortho_cli.linalg.budget import budget_ranks
@@ -178,6 +178,8 @@ def _wanted(
         return dict(zip(names, choice.ranks, strict=True))
     spectra = [found.spectra[name] for name in names]
     if rule.name == "budget":
+        if relative:  # units of outputs differ from layer to layer: each layer's own share is what counts
+            spectra = [values / max(float(values.norm()), 1e-30) for values in spectra]
         weights = positions(layers) if rule.unit == "flops" else [1] * len(layers)
         per_rank = [weight * size.factored(1) for weight, size in zip(weights, sizes, strict=True)]
         dense = [weight * size.dense for weight, size in zip(weights, sizes, strict=True)]

@@ -20,6 +20,11 @@ FULL: dict[str, dict[str, Any]] = {
         "exclude": ["mid.*"], "as": "checkpoint", "layout": "hra-repo", "gram_schmidt": True, "ema": "drop", "seed": 7,
         "max_shard_size": "5GB",
     },
+    "factorize": {
+        "checkpoint": "x", "output": "out", "rank": None, "rank_scale": None, "target_ratio": None,
+        "energy": None, "max_error": None, "budget": 0.5, "budget_unit": "flops", "calibrate": "t.txt", "samples": 64,
+        "targets": ["**"], "exclude": ["mid.*"], "as": "dense", "method": "svd", "report": "pictures",
+    },
     "merge": {
         "base": "org/name@rev:file", "adapters": [{"path": "1e-4"}, {"path": "b"}], "output": "out.safetensors",
         "exact": True, "dtype": "bf16", "max_shard_size": "500MB",
@@ -31,10 +36,20 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "output": None, "rank": 8, "targets": None, "exclude": [], "as": None, "layout": "keep",
         "gram_schmidt": False, "ema": None, "seed": 0, "max_shard_size": None,
     },
+    "factorize": {
+        "output": None, "rank": None, "rank_scale": None, "target_ratio": None, "energy": None, "max_error": None,
+        "budget": None, "budget_unit": None, "calibrate": None, "samples": 256, "targets": None, "exclude": [],
+        "as": "factors", "method": "auto", "report": None,
+    },
     "merge": {"adapters": [], "output": None, "exact": False, "dtype": "keep", "max_shard_size": None},
     "convert": {"output": None, "base": None},
 }  # fmt: skip
-LEAST = {"add-hra": "checkpoint: x\n", "merge": "base: x\n", "convert": "input: x\nto: ldm\n"}
+LEAST = {
+    "add-hra": "checkpoint: x\n",
+    "factorize": "checkpoint: x\n",
+    "merge": "base: x\n",
+    "convert": "input: x\nto: ldm\n",
+}
 
 
 @pytest.fixture
@@ -82,7 +97,7 @@ def test_saved_and_loaded_is_the_same(path: Path, verb: str) -> None:
 
 def test_every_value_of_every_choice_survives(path: Path) -> None:
     formats = any_schema("convert")["properties"]["to"]["enum"]
-    assert len(formats) == 9
+    assert len(formats) == 10
     for to in formats:
         save_verb(path, "convert", {"input": "x", "to": to}, force=True)
         assert load_verb(str(path), "convert") == {"input": "x", "to": to}

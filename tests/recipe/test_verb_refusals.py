@@ -25,11 +25,14 @@ def errors(path: Path, verb: str, body: str) -> list[str]:
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("version: 1\nverb: mergee\n", "2: verb: 'mergee' is none of add-hra, merge, convert; did you mean 'merge'?"),
-        ("version: 1\nbase: x\n", "1: verb: missing; one of add-hra, merge, convert"),
+        (
+            "version: 1\nverb: mergee\n",
+            "2: verb: 'mergee' is none of add-hra, factorize, merge, convert; did you mean 'merge'?",
+        ),
+        ("version: 1\nbase: x\n", "1: verb: missing; one of add-hra, factorize, merge, convert"),
         (
             "version: 1\nverb: [merge]\n",
-            "2: verb: '['merge']' is none of add-hra, merge, convert; did you mean 'merge'?",
+            "2: verb: '['merge']' is none of add-hra, factorize, merge, convert; did you mean 'merge'?",
         ),
         ("verb: merge\nbase: x\n", "1: version: missing"),
         ("version: 2\nverb: merge\nbase: x\n", "1: version: version 2 is not known; this ortho reads version 1"),
@@ -119,8 +122,8 @@ def test_version_and_verb(path: Path, text: str, expected: str) -> None:
         (
             "convert",
             "input: x\nto: peft-lroa\n",
-            "4: to: expected peft-hra, peft-lora, kohya-lora, diffusers-lora, hra-repo, ldm, diffusers, base"
-            " or safetensors, found 'peft-lroa'; did you mean 'peft-lora'?",
+            "4: to: expected peft-hra, peft-lora, kohya-lora, diffusers-lora, hra-repo, ldm, diffusers, base,"
+            " dense or safetensors, found 'peft-lroa'; did you mean 'peft-lora'?",
         ),
     ],
 )
