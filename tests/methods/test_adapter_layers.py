@@ -336,6 +336,21 @@ def test_gradient_checkpointing_gives_the_same_gradients() -> None:
         assert torch.equal(one, other)
 
 
+@pytest.mark.filterwarnings("ignore:<class 'torch.autograd.function.Function'> should not be instantiated")  # dynamo's
+@pytest.mark.parametrize("needs", [False, True])
+@pytest.mark.parametrize("adapter", ["plain", "output", "gram-schmidt"])
+@pytest.mark.parametrize("layer", ["linear", "strided dilated conv"])
+def test_every_form_compiles_whole(layer: str, adapter: str, needs: bool) -> None:
+    torch._dynamo.reset()
+    model, x = made(layer)
+    shaken(add_adapter(model, targets=["0"], **ADAPTERS[adapter]))
+    x.requires_grad_(needs)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    found = torch.autograd.grad(compiled(x).square().sum(), model[0].vectors)  # type: ignore[index]
+    wanted = torch.autograd.grad(model(x).square().sum(), model[0].vectors)  # type: ignore[index]
+    torch.testing.assert_close(found, wanted, **EXACT)
+
+
 def test_freezing_leaves_adapters_that_train_alone() -> None:
     model = nn.ModuleDict({"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)})
     add_adapter(model, 2, ["a"])
