@@ -33,7 +33,7 @@ _API = {
     "diff": "surgery.diff",
     "disable_adapter": "methods.adapter_layer",
     "factorize": "surgery.factorize",
-    "factorize_": "methods.factorized",
+    "factorize_": "methods.factorized_model",
     "frobenius_decay_": "methods.frobenius_decay",
     "gor_penalty": "methods.gor",
     "inspect": "surgery.inspect",
@@ -63,7 +63,7 @@ if TYPE_CHECKING:
     from .methods.adapter_folder import save_adapter
     from .methods.adapter_layer import disable_adapter
     from .methods.add import add_adapter
-    from .methods.factorized import factorize_
+    from .methods.factorized_model import factorize_
     from .methods.frobenius_decay import frobenius_decay_
     from .methods.gor import gor_penalty
     from .methods.load import load_adapter

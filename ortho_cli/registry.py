@@ -54,6 +54,8 @@ TABLES: dict[str, dict[str, str]] = {
         "peft": "ortho_cli.methods.peft:PEFTMethod",
         "factorized": "ortho_cli.methods.factorized:FactorizedMethod",
         "frobenius_decay": "ortho_cli.methods.frobenius_decay:FrobeniusDecayMethod",
+        "normalize": "ortho_cli.methods.normalize:NormalizeMethod",
+        "distill": "ortho_cli.methods.distill:DistillMethod",
     },
 }
 

@@ -129,6 +129,7 @@ def test_registry_entries_resolve() -> None:
 VERBS = [
     [], ["inspect"], ["add-hra"], ["factorize"], ["merge"], ["convert"], ["train"], ["evaluate"], ["doctor"], ["demo"],
     ["bench"], ["bench", "surgery"], ["bench", "gor"], ["bench", "hra"],
+    ["bench", "frobenius"], ["bench", "factorize"],
     ["analyze"], ["analyze", "runs"], ["analyze", "spectrum"],
     ["recipe"], ["recipe", "list"], ["recipe", "show"], ["recipe", "check"], ["recipe", "schema"], ["recipe", "copy"],
 ]  # fmt: skip

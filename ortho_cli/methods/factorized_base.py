@@ -1,19 +1,19 @@
-"""What every factored layer is: factors `U`, `VT`, perhaps a square `M` between them, perhaps a bias.
+"""What every layer by matrix factors is: `U`, `VT`, perhaps a square `M` between them, perhaps a bias.
 
-The factors are those of the layer's matrix (`linalg/matricize.py`), the groups of a convolution stacked. The layer it
-stands for is kept as an outline without memory, from which the dense layer is made again.
+The factors are those of the layer's matrix (`linalg/matricize.py`), the groups of a convolution stacked.
 """
 
 from __future__ import annotations
-
-import copy
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ortho_cli.errors import TargetError
+from ortho_cli.linalg.frobenius import decay_gradients
 from ortho_cli.linalg.matricize import Matricization
+from ortho_cli.linalg.product import squared_norm
+
+from .factored_module import FactoredModule
 
 __all__ = ["FactorizedLayer", "matricization"]
 
@@ -48,8 +48,8 @@ def matricization(layer: nn.Module) -> Matricization:
     raise TargetError(f"a {kind}, which is neither linear, convolution nor embedding")
 
 
-class FactorizedLayer(nn.Module):
-    """What all factored layers are. Attributes it lacks are those of the layer it stands for.
+class FactorizedLayer(FactoredModule):
+    """What all layers by matrix factors are.
 
     Attributes:
         form: how the weight is a matrix.
@@ -62,10 +62,9 @@ class FactorizedLayer(nn.Module):
     U: nn.Parameter
     VT: nn.Parameter
     M: nn.Parameter | None
-    bias: nn.Parameter | None
 
     def __init__(self, base: nn.Module, rank: int, *, square: bool = False) -> None:
-        super().__init__()
+        super().__init__(base)
         if rank < 1:
             raise ValueError(f"a rank is at least 1, found {rank}")
         self.form = matricization(base)
@@ -76,21 +75,14 @@ class FactorizedLayer(nn.Module):
         self.VT = nn.Parameter(weight.new_zeros(groups * rank, self.form.cols), requires_grad=weight.requires_grad)
         middle = torch.eye(rank, dtype=weight.dtype, device=weight.device).repeat(groups, 1) if square else None
         self.M = None if middle is None else nn.Parameter(middle, requires_grad=weight.requires_grad)
-        self.register_parameter("bias", base._parameters.get("bias"))
-        self._outline = (_outline(base),)  # in a tuple, so that it is no child
-        self.train(base.training)
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name.startswith("_") or "_outline" not in self.__dict__:
-                raise
-            return getattr(self._outline[0], name)
 
     def factor_parameters(self) -> list[nn.Parameter]:
         """`U`, `VT`, and `M` where there is one."""
         return [self.U, self.VT] if self.M is None else [self.U, self.VT, self.M]
+
+    def scaled_parameters(self) -> list[nn.Parameter]:
+        """`U` and `VT`."""
+        return [self.U, self.VT]
 
     def factors(self) -> tuple[Tensor, ...]:
         """`(U, VT)` or `(U, VT, M)`, for a grouped convolution each with a leading dimension of groups; views."""
@@ -101,6 +93,15 @@ class FactorizedLayer(nn.Module):
         groups = self.form.groups
         middle = () if mid is None else (mid if groups == 1 else mid.view(groups, self.rank, self.rank),)
         return (*self.form.unstack(u, vt), *middle)
+
+    def squared_norm(self, *parts: Tensor) -> Tensor:
+        """`||U M VT||_F^2`, over all groups."""
+        return squared_norm(*self.unstack(*parts)).sum()
+
+    def decay_gradients(self, *parts: Tensor) -> tuple[Tensor, ...]:
+        """The gradient of half the squared norm, for `U`, `VT` and perhaps `M`, as they are stored."""
+        gradients = decay_gradients(*self.unstack(*parts))
+        return tuple(gradient.reshape(part.shape) for gradient, part in zip(gradients, parts, strict=True))
 
     @property
     def weight(self) -> Tensor:
@@ -115,28 +116,7 @@ class FactorizedLayer(nn.Module):
         u, vt, mid = self.factors()
         return self.form.stack(*((u @ mid, vt) if self.form.rows <= self.form.cols else (u, mid @ vt)))
 
-    def dense(self) -> nn.Module:
-        """The layer it stands for, with the product for its weight and tensors of its own."""
-        layer = copy.deepcopy(self._outline[0])
-        with torch.no_grad():
-            for name in ("weight", "bias"):
-                own = getattr(self, name)
-                if own is not None:
-                    value = own.detach().clone(memory_format=torch.contiguous_format)
-                    layer._parameters[name] = nn.Parameter(value, requires_grad=self.U.requires_grad)
-        return layer.train(self.training)
-
     def extra_repr(self) -> str:
         """The layer's shape, its rank and its parts."""
         square = ", square" if self.M is not None else ""
         return f"{self.form.kind} {self.form.shape}, rank={self.rank}{square}, bias={self.bias is not None}"
-
-
-def _outline(layer: nn.Module) -> nn.Module:
-    """The same layer without memory."""
-    outline = copy.copy(layer)
-    outline._parameters = {
-        name: None if value is None else nn.Parameter(value.detach().to("meta"), value.requires_grad)
-        for name, value in layer._parameters.items()
-    }
-    return outline

@@ -16,6 +16,7 @@ from ortho_cli.checkpoints.writer import write_file
 
 from .adapter_folder import tensor_piece
 from .adapter_layer import whole
+from .factored_module import FactoredModule
 from .factorized_base import FactorizedLayer
 
 __all__ = ["DENSE", "FACTORS", "dense_state", "factored_state", "write_exports"]
@@ -42,8 +43,14 @@ def dense_state(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def factored_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state of the network with two factors a layer; a third is taken into them."""
-    return _state(model, lambda layer: dict(zip(("U", "VT"), layer.pair(), strict=True)))
+    """The state of the network with two factors a layer, a third taken into them; tensor cores are multiplied out."""
+
+    def two(layer: FactoredModule) -> dict[str, Tensor]:
+        if isinstance(layer, FactorizedLayer):
+            return dict(zip(("U", "VT"), layer.pair(), strict=True))
+        return {"weight": layer.weight}
+
+    return _state(model, two)
 
 
 def write_exports(model: nn.Module, folder: Path) -> None:
@@ -53,32 +60,41 @@ def write_exports(model: nn.Module, folder: Path) -> None:
         model: with factored layers in it; of a sharded one every process must ask.
         folder: to write; appears whole or not at all.
     """
-    layers = dict(_layers(model))
     described = {"format": "pt", "ortho.version": __version__, "ortho.command": "ortho train"}
-    config = factored_config({name: (layer.form, layer.rank) for name, layer in layers.items()})
+    layers = {name: layer for name, layer in _layers(model) if isinstance(layer, FactorizedLayer)}
+    states = {DENSE: dense_state(model)}
+    if layers:  # the table knows no tensor cores
+        states[FACTORS] = factored_state(model)
     with atomic(folder) as partial:
-        for name, state in ((DENSE, dense_state(model)), (FACTORS, factored_state(model))):
+        for name, state in states.items():
             (partial / name).mkdir(parents=True)
             pieces = [tensor_piece(key, value) for key, value in state.items()]
             write_file(partial / name / "model.safetensors", pieces, described)
-        (partial / FACTORS / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
+        if layers:
+            config = factored_config({name: (layer.form, layer.rank) for name, layer in layers.items()})
+            (partial / FACTORS / CONFIG_NAME).write_text(json.dumps(config, indent=2) + "\n", "utf-8")
 
 
-def _layers(model: nn.Module) -> Iterator[tuple[str, FactorizedLayer]]:
+def _layers(model: nn.Module) -> Iterator[tuple[str, FactoredModule]]:
     """Factored layers under every name they have."""
     for name, module in model.named_modules(remove_duplicate=False):
-        if isinstance(module, FactorizedLayer):
+        if isinstance(module, FactoredModule):
             yield name, module
 
 
-def _state(model: nn.Module, weights: Callable[[FactorizedLayer], dict[str, Tensor]]) -> dict[str, Tensor]:
+def _state(model: nn.Module, weights: Callable[[FactoredModule], dict[str, Tensor]]) -> dict[str, Tensor]:
     """The model's state, with other tensors in place of the factors."""
-    factored = {f"{name}.{part}": (name, layer) for name, layer in _layers(model) for part in ("U", "VT", "M")}
+    owners: dict[str, tuple[str, FactoredModule]] = {}
+    for name, layer in _layers(model):
+        owners |= {f"{name}.{part}": (name, layer) for part in layer._parameters if part != "bias"}
     state: dict[str, Tensor] = {}
+    done: set[str] = set()
     for key, value in model.state_dict().items():
-        if key not in factored:
+        if key not in owners:
             state[key] = whole(value).detach()
-        elif key.endswith(".U"):
-            name, layer = factored[key]
+            continue
+        name, layer = owners[key]
+        if name not in done:
+            done.add(name)
             state |= {f"{name}.{part}": whole(made).detach() for part, made in weights(layer).items()}
     return state

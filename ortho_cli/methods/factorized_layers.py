@@ -27,8 +27,8 @@ def factorized_layer(base: nn.Module, rank: int, *, square: bool = False) -> Fac
         TargetError: a layer that has no factored form; with the reason.
 
     >>> layer = factorized_layer(nn.Conv2d(4, 6, 3, padding=1), rank=2)
-    >>> {name: tuple(value.shape) for name, value in layer.named_parameters()}
-    {'U': (18, 2), 'VT': (2, 12), 'bias': (6,)}
+    >>> tuple(layer.U.shape), tuple(layer.VT.shape)
+    ((18, 2), (2, 12))
     """
     form = matricization(base)
     kinds = {"conv": FactorizedConv, "transposed": FactorizedConv, "embedding": FactorizedEmbedding}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 from torch import Tensor, nn
 
@@ -12,11 +13,14 @@ from ortho_cli.checkpoints.targets import select
 from ortho_cli.errors import TargetError, UsageError
 from ortho_cli.linalg.matricize import Matricization
 from ortho_cli.linalg.ranks import LayerSize, scale_for_parameters, scaled_rank
+from ortho_cli.linalg.tensor import fold_dims, tensor_parameters, tensor_ranks
 
 from .factorized_base import matricization
 from .inject import named_layers
 
-__all__ = ["Candidate", "candidates", "layer_ranks", "select_candidates"]
+__all__ = ["Candidate", "candidates", "layer_ranks", "select_candidates", "tensor_scale"]
+
+SCALE_STEP = 1e-6  # finer than any step of a rank: dimensions have fewer than a million entries
 
 
 @dataclass(frozen=True)
@@ -144,3 +148,45 @@ def layer_ranks(
     assert target_ratio is not None
     others = sum(parameter.numel() for parameter in model.parameters()) - sum(size.dense for size in sizes)
     return list(scale_for_parameters(sizes, others, target_ratio, "bisection" if compat == "paper" else None).ranks)
+
+
+def tensor_scale(
+    model: nn.Module,
+    layers: Sequence[Candidate],
+    kind: str,
+    *,
+    rank_scale: float | None = None,
+    target_ratio: float | None = None,
+) -> float:
+    """The scale of all ranks of tensor forms: the one given, or the one nearest to a share of all parameters.
+
+    Raises:
+        UsageError: not exactly one of the two, or a ratio out of reach.
+    """
+    if (rank_scale is None) == (target_ratio is None):
+        raise UsageError(f"exactly one of rank_scale and target_ratio decides the ranks of a {kind}")
+    if rank_scale is not None:
+        return rank_scale
+    assert target_ratio is not None
+    total = sum(parameter.numel() for parameter in model.parameters())
+    others = total - sum(each.weight.numel() for each in layers)
+
+    def ratio(scale: float) -> float:
+        return (others + sum(_tensor_size(each, kind, scale) for each in layers)) / total
+
+    low, high = 0.0, 1.0
+    if not ratio(low) <= target_ratio <= ratio(high):
+        raise UsageError(
+            f"target ratio {target_ratio} cannot be reached by a {kind}: {ratio(low):.4f} to {ratio(high):.4f} can"
+        )
+    while high - low > SCALE_STEP:
+        middle = (low + high) / 2
+        low, high = (middle, high) if ratio(middle) <= target_ratio else (low, middle)
+    return min(low, high, key=lambda scale: abs(ratio(scale) - target_ratio))
+
+
+def _tensor_size(layer: Candidate, kind: str, scale: float) -> int:
+    out, width, *taps = layer.form.shape
+    dims = fold_dims(out * width)
+    depthwise = width * prod(taps) if prod(taps) > 1 else 0
+    return tensor_parameters(kind, dims, tensor_ranks(kind, dims, scale)) + depthwise

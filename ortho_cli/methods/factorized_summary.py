@@ -6,16 +6,17 @@ from collections.abc import Sequence
 
 import torch
 
-from ortho_cli.linalg.product import factor_bound, non_orthogonality, nuclear_norm, product_norm
+from ortho_cli.linalg.product import factor_bound, non_orthogonality, nuclear_norm
 
 from .adapter_layer import whole
+from .factored_module import FactoredModule
 from .factorized_base import FactorizedLayer
 
 __all__ = ["product_summary"]
 
 
 @torch.no_grad()
-def product_summary(layers: Sequence[FactorizedLayer], lr: float | None) -> dict[str, float]:
+def product_summary(layers: Sequence[FactoredModule], lr: float | None) -> dict[str, float]:
     r"""Means over layers of what the paper plots.
 
     `product_norm` is `||U M VT||_F`; `nuclear_norm` the sum of its singular values and `nuclear_bound`
@@ -24,7 +25,7 @@ def product_summary(layers: Sequence[FactorizedLayer], lr: float | None) -> dict
     turns, so `effective_lr` is `lr / ||W||_F` and `effective_lr_squared` `lr / ||W||_F^2`.
 
     Args:
-        layers: factored ones.
+        layers: factored ones; the last three are of matrix factors only.
         lr: the learning rate; None before the first step.
 
     Cost: `O(r^2 (m + n))` a layer, and one SVD of an `r x r` matrix.
@@ -32,14 +33,15 @@ def product_summary(layers: Sequence[FactorizedLayer], lr: float | None) -> dict
     """
     found: dict[str, list[torch.Tensor]] = {}
     for layer in layers:
-        u, vt = (whole(factor) for factor in layer.form.unstack(*layer.pair()))
-        norm = product_norm(u, vt)
-        values = {
-            "product_norm": norm,
-            "nuclear_norm": nuclear_norm(u, vt),
-            "nuclear_bound": factor_bound(u, vt),
-            "non_orthogonality": torch.stack(non_orthogonality(u, vt)),
-        }
+        norm = layer.squared_norm(*map(whole, layer.factor_parameters())).sqrt()
+        values = {"product_norm": norm}
+        if isinstance(layer, FactorizedLayer):
+            u, vt = layer.form.unstack(*map(whole, layer.pair()))
+            values |= {
+                "nuclear_norm": nuclear_norm(u, vt),
+                "nuclear_bound": factor_bound(u, vt),
+                "non_orthogonality": torch.stack(non_orthogonality(u, vt)),
+            }
         if lr is not None:
             values |= {"effective_lr": lr / norm, "effective_lr_squared": lr / norm.square()}
         for name, value in values.items():

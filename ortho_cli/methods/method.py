@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,8 @@ class Context:
     total_steps: int
     task: str
     base: str | None
+    build: Callable[[Any], nn.Module] | None = None
+    """Makes another model for the task, such as a teacher, from a `model` section; None in a dry run."""
 
 
 class Method:

@@ -11,9 +11,21 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
+from ortho_cli.recipe.models import Model
 from ortho_cli.recipe.section import Count, NotNegative, Patterns, Positive, Rejection, Section, Share, Text
 
-__all__ = ["GOR", "HRA", "PEFT", "Factorized", "FrobeniusDecay", "LoRA", "Method", "MethodSection"]
+__all__ = [
+    "GOR",
+    "HRA",
+    "PEFT",
+    "Distill",
+    "Factorized",
+    "FrobeniusDecay",
+    "LoRA",
+    "Method",
+    "MethodSection",
+    "Normalize",
+]
 
 AutoTargets = Annotated[
     Literal["auto"] | Annotated[Patterns, Field(min_length=1)],
@@ -153,6 +165,9 @@ class Factorized(MethodSection):
     exclude: Exclude = ()
     spectral: bool = Field(default=True, description="Start from the SVD of the weights; false draws factors anew.")
     square: bool = Field(default=False, description="A square matrix between the two factors (deep).")
+    form: Literal["factors", "tensor-train", "tucker"] = Field(
+        default="factors", description="Two factors, or tensor forms, where convolutions become separable ones."
+    )
     plain_start: Literal["kaiming", "fan-in", "fan-out", "uniform"] | None = Field(
         default=None, description="How factors are drawn without spectral; null: as the paper did for the model."
     )
@@ -167,6 +182,12 @@ class Factorized(MethodSection):
         if len(given) != 1:
             where = (given[1],) if given else ()
             yield where, f"give exactly one of {', '.join(rules)}; found {' and '.join(given) or 'none'}"
+        if self.form != "factors":
+            for key in ("rank", "square", "compat"):
+                if getattr(self, key):
+                    yield (key,), f"is for form: factors; a {self.form} takes rank_scale or target_ratio"
+            if self.plain_start in ("kaiming", "fan-in"):
+                yield ("plain_start",), f"a {self.form} starts from fan-out or uniform draws"
         if self.spectral and self.plain_start is not None:
             yield ("plain_start",), "is for spectral: false; a spectral start draws nothing"
 
@@ -180,10 +201,54 @@ class FrobeniusDecay(MethodSection):
         default=("**",), description="Patterns of factored layers to decay; the others keep weight decay."
     )
     exclude: Exclude = ()
+    attention: bool = Field(
+        default=False, description="Decay attention too, as products of query and key, of output and value, by head."
+    )
+    of: Literal["product", "factors"] = Field(
+        default="product", description="What is decayed; factors is plain weight decay on them, to compare with."
+    )
     form: Literal["auto", "coupled", "decoupled"] = Field(
         default="auto",
         description="Through the gradient, or beside the step with the learning rate; auto: as the optimizer decays.",
     )
 
 
-Method = Annotated[HRA | LoRA | GOR | PEFT | Factorized | FrobeniusDecay, Field(discriminator="name")]
+class Normalize(MethodSection):
+    """The norms of factored products, recorded in one run and imposed on another (arXiv:2105.01029, section 3)."""
+
+    name: Literal["normalize"] = Field(description="The method.")
+    mode: Literal["record", "replay", "off"] = Field(
+        description="record: note the norms after every step; replay: scale the factors to noted ones; off: neither."
+    )
+    source: Text | None = Field(
+        default=None, description="For replay: the run that recorded, or its file; {seed} stands for this run's seed."
+    )
+
+    def problems(self) -> Iterator[Rejection]:
+        """What is replayed was recorded somewhere."""
+        if self.mode == "replay" and self.source is None:
+            yield ("source",), "replay needs source: RUN, the folder of the run that recorded"
+
+
+class Distill(MethodSection):
+    """Learn from a teacher beside the labels (arXiv:1503.02531), and from where it is active (arXiv:1612.03928)."""
+
+    name: Literal["distill"] = Field(description="The method.")
+    teacher: Text = Field(description="A run, a checkpoint or a hub id.")
+    model: Model | None = Field(default=None, description="The teacher's architecture; null: what its run says.")
+    temperature: Positive = Field(default=4.0, description="Softens both outputs.")
+    alpha: Share = Field(default=0.9, description="Share of the loss that is the teacher's; the labels' is the rest.")
+    attention: Patterns = Field(
+        default=(), description="Modules, by the name they have in both, whose attention maps are compared."
+    )
+    beta: NotNegative = Field(default=1e3, description="Weight of the attention maps' distance.")
+
+    def problems(self) -> Iterator[Rejection]:
+        """Something to learn."""
+        if not self.alpha and not (self.attention and self.beta):
+            yield ("alpha",), "is 0 and no attention is compared: there is nothing to learn from the teacher"
+
+
+Method = Annotated[
+    HRA | LoRA | GOR | PEFT | Factorized | FrobeniusDecay | Normalize | Distill, Field(discriminator="name")
+]

@@ -48,7 +48,7 @@ def describe(recipe: Any) -> dict[str, Any]:
         methods = []
         for config in recipe.methods:
             method = registry.resolve("methods", config.name)(config)
-            chosen = _chosen(config, model)
+            chosen = method.chosen(model) if hasattr(method, "chosen") else _chosen(config, model)
             held = {id(parameter) for parameter in model.parameters()}
             method.prepare(model, Context(recipe.train.seed, 1, recipe.task.name, recipe.model.base))
             added = {name: each for name, each in model.named_parameters() if id(each) not in held}

@@ -119,7 +119,10 @@ def open_session(recipe: Any, accelerator: Accelerator | None = None) -> Session
     steps_per_epoch = min(task.steps_per_epoch, recipe.train.limit_batches or task.steps_per_epoch)
     total = recipe.train.steps or recipe.train.epochs * steps_per_epoch
     methods = [registry.resolve("methods", config.name)(config) for config in recipe.methods]
-    context = Context(recipe.train.seed, total, recipe.task.name, recipe.model.base)
+    context = Context(
+        recipe.train.seed, total, recipe.task.name, recipe.model.base,
+        lambda section: build_model(recipe.model_copy(update={"model": section}), task)[0],
+    )  # fmt: skip
     for method in methods:
         method.prepare(model, context)
     schedule = build_schedule(recipe.schedule, total, steps_per_epoch)

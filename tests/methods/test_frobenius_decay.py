@@ -97,6 +97,24 @@ def test_what_a_product_loses() -> None:
     assert torch.allclose(lost, expected.detach(), rtol=1e-4, atol=1e-6)
 
 
+def test_it_leaves_more_of_the_nuclear_norm_than_weight_decay_on_factors() -> None:
+    """Balanced factors lose sigma^2 by the one and sigma by the other: at an equal norm the spectrum is flatter."""
+    shares = []
+    for coef, lr in ((1.0, 1e-2), (0.0, 0.0)):
+        base = nn.Linear(3, 3, bias=False)
+        base.weight = nn.Parameter(torch.diag(torch.tensor([4.0, 2.0, 1.0])))
+        layer = layers_of(nn.Sequential(*ortho.factorize_(nn.Sequential(base), rank=3, targets=["0"]).values()))[0]
+        start = layer.weight.norm().item()
+        while layer.weight.norm().item() > start / 2:
+            if coef:
+                ortho.frobenius_decay_([layer], coef, lr=lr)
+            else:
+                layer.scale_(torch.tensor(0.99))  # weight decay on both
+        values = torch.linalg.svdvals(layer.weight.detach())
+        shares.append((values.sum() / values.norm()).item())
+    assert shares[0] > 1.05 * shares[1]
+
+
 def test_half_precision_and_frozen_factors() -> None:
     model = network().to(torch.bfloat16)
     frozen = layers_of(model)[0].VT.requires_grad_(False)
@@ -183,9 +201,7 @@ def test_it_takes_the_place_of_weight_decay_on_its_factors_and_nothing_else() ->
     method.after_backward(model, optimizer, "train")
     touched = {name for name, p in model.named_parameters() if p.grad is not None}
     assert touched == {f"{name}.{part}" for name in ("1", "2", "5") for part in ("U", "VT")}
-    assert method.notes == [
-        "decays the products of 3 layers, whose factors have no weight decay; 1 factored layers keep weight decay"
-    ]
+    assert method.notes == ["decays the products of 3 layers by 0.3; 1 factored layers keep weight decay"]
     expected = COEF / 2 * sum(model[int(name)].weight.square().sum().item() for name in method.layers)
     assert method.scalars()["penalty"] == pytest.approx(expected)
 

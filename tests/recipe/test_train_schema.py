@@ -50,9 +50,15 @@ METHODS: dict[str, dict[str, Any]] = {
     "peft": {"config": {"peft_type": "OFT"}},
     "factorized": {
         "rank": None, "rank_scale": 0.1, "target_ratio": None, "targets": "auto", "exclude": [], "spectral": True,
-        "square": False, "plain_start": None, "compat": None,
+        "square": False, "form": "factors", "plain_start": None, "compat": None,
     },
-    "frobenius_decay": {"penalty": 1e-4, "targets": ["**"], "exclude": [], "form": "auto"},
+    "normalize": {"mode": "record", "source": None},
+    "distill": {
+        "teacher": "there", "model": None, "temperature": 4.0, "alpha": 0.9, "attention": [], "beta": 1000.0,
+    },
+    "frobenius_decay": {
+        "penalty": 1e-4, "targets": ["**"], "exclude": [], "attention": False, "of": "product", "form": "auto",
+    },
 }  # fmt: skip
 OPTIMIZERS: dict[str, dict[str, Any]] = {
     "sgd": {"momentum": 0.0, "weight_decay": 0.0},
@@ -77,7 +83,7 @@ RUN = {
 }  # fmt: skip
 REQUIRED = {
     "hf-image": "base: org/name", "peft": "config: {peft_type: OFT}", "factorized": "rank_scale: 0.1",
-    "multistep": "at: [1]",
+    "normalize": "mode: record", "distill": "teacher: there", "multistep": "at: [1]",
 }  # fmt: skip
 
 
