@@ -17,6 +17,7 @@ from ortho_cli.cli.options import (
     PushOption,
     QuietOption,
 )
+from ortho_cli.cli.publish import check_upload, publish
 from ortho_cli.errors import UsageError
 
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ def train(
         raise UsageError("--private is about --push-to-hub, which was not given")
     if dry_run and push_to_hub:
         raise UsageError("--dry-run writes nothing that --push-to-hub could upload", hint="leave one of them out")
+    if push_to_hub:
+        check_upload(push_to_hub)
     if dry_run:
         _plan(recipe, sets or [], cell, as_json=as_json)
         return
@@ -110,10 +113,12 @@ def _plan(recipe: str, sets: list[str], cell: int | None, *, as_json: bool) -> N
     show_notes(console, plan["notes"])
 
 
+def _number(value: object) -> object:
+    return f"{value:,}" if isinstance(value, int) else "unknown" if value is None else value
+
+
 def _publish(outcomes: list[Outcome], repo: str, private: bool) -> None:
     """Upload the run's folder, or the folder of all cells, without what only a resumed run needs."""
-    from ortho_cli.cli.publish import publish
-
     folder = Path(outcomes[0].folder)
     publish(
         folder.parent if len(outcomes) > 1 else folder, repo, private=private, command="ortho train",

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ortho_cli import registry
-from ortho_cli.errors import RecipeError
+from ortho_cli.errors import RecipeError, UsageError
 from ortho_cli.methods.gor_layers import select_layers
 from ortho_cli.methods.inject import choose
 from ortho_cli.methods.method import Context
@@ -60,7 +61,7 @@ def describe(recipe: Any) -> dict[str, Any]:
     steps = recipe.train.steps
     try:
         steps = steps or recipe.train.epochs * min(task.steps_per_epoch, recipe.train.limit_batches or 10**12)
-    except RecipeError as error:
+    except (RecipeError, UsageError) as error:  # no data, or no library that could open it
         notes.append(f"steps: {recipe.train.epochs} epochs; the data is not here to count them ({error.message})")
     totals = {
         "parameters": before,
@@ -112,10 +113,22 @@ def _memory(recipe: Any, task: Any, model: nn.Module, methods: list[Any]) -> dic
     )
     if recipe.train.ema is not None:
         memory["average"] = FLOAT * _count(training)
-    batch = task.example(recipe.data.batch // recipe.train.accumulate)
-    if batch is not None:
-        memory["activations"] = _activations(task, model, batch)
+    with torch.device("cpu"), FakeTensorMode():  # autocast and some kernels know no meta device
+        batch = task.example(recipe.data.batch // recipe.train.accumulate)
+        if batch is not None:
+            _fill(model)
+            memory["activations"] = _activations(task, model, batch)
     return memory
+
+
+def _fill(model: nn.Module) -> None:
+    """Put tensors of the mode that is active in place of the meta ones."""
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+            setattr(module, name, nn.Parameter(empty, requires_grad=parameter.requires_grad))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
 
 def _activations(task: Any, model: nn.Module, batch: dict[str, Tensor]) -> int:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from toy_tasks import SIZE, OpposedTask, UnevenTask, points
 from training_runs import lines_of, write
 
-from ortho_cli.methods.method import Context, Method
 from ortho_cli.recipe.train import load_train
 from ortho_cli.registry import TABLES
 from ortho_cli.training.keeper import Keeper
@@ -132,46 +131,9 @@ def test_a_task_that_gives_too_few_batches_is_a_bug_and_no_endless_loop(
         train(load_train(path))
 
 
-class Recording(Method):
-    """Writes down what it is told, and halves the hidden layer of an MLP after its second step."""
-
-    name = "gor"
-
-    def prepare(self, model: nn.Module, context: Context) -> None:
-        self.told: list[str] = [f"prepare {context.total_steps}"]
-
-    def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        self.told.append("param_groups")
-        return []
-
-    def penalty(self, model: nn.Module, batch: dict[str, Tensor], outputs: Any, phase: str) -> Tensor:
-        self.told.append(f"penalty {phase} {len(outputs)} {'image' in batch}")
-        return outputs.new_zeros(())
-
-    def after_backward(self, model: nn.Module, optimizer: torch.optim.Optimizer, phase: str) -> None:
-        norm = torch.stack([value.grad.norm() for value in model.parameters() if value.grad is not None]).norm()
-        self.told.append(f"after_backward {norm > 0.01}")
-
-    def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, phase: str) -> bool:
-        self.told.append(f"after_step {step}")
-        if step != 1:
-            return False
-        first, last = (module for module in model.modules() if isinstance(module, nn.Linear))
-        rows, columns = slice(16), (slice(None), slice(16))
-        for layer, name, kept in ((first, "weight", rows), (first, "bias", rows), (last, "weight", columns)):
-            old = getattr(layer, name)
-            new = nn.Parameter(old.detach()[kept].clone())
-            setattr(layer, name, new)
-            optimizer.state[new] = {
-                key: value[kept] if value.dim() else value for key, value in optimizer.state.pop(old).items()
-            }
-        first.out_features = last.in_features = 16
-        return True
-
-
 def test_what_methods_are_told_and_what_becomes_of_moments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Hooks in their order, gradients not yet clipped; after a change of shapes old and handed-over moments go on."""
-    monkeypatch.setitem(TABLES["methods"], "gor", "test_loop:Recording")
+    monkeypatch.setitem(TABLES["methods"], "gor", "toy_methods:Halving")
     recipe = load_train(write(tmp_path, "run", train="{steps: 3, accumulate: 2, clip: 0.001, ema: 0.5}"))
     session = open_session(recipe)
     prepare_training(session)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from training_runs import ortho, write
+from training_runs import LAUNCH, ortho, write
 
 from ortho_cli.training.log import read_lines
 from ortho_cli.training.state import last_checkpoint, load_tensors
@@ -74,6 +77,28 @@ def test_two_processes_resume_bit_for_bit(tmp_path: Path) -> None:
     for file in ("model", "ema", "optimizer"):
         name = f"checkpoints/step-{STEPS:06d}/{file}.safetensors"
         assert (whole / name).read_bytes() == (parts / name).read_bytes()
+
+
+@pytest.mark.parametrize("what", ["shapes", "phases"])
+def test_shapes_and_phases_in_two_processes(what: str, tmp_path: Path) -> None:
+    """A new wrapper when a method changed shapes, and only then; gradients of each phase are averaged."""
+    script = Path(__file__).with_name("two_processes.py")
+    results = []
+    for name, processes in (("one", 1), ("two", 2)):
+        folder = tmp_path / name
+        folder.mkdir()
+        start = [sys.executable, *LAUNCH, str(processes)] if processes > 1 else [sys.executable]
+        done = subprocess.run([*start, str(script), what, str(folder)], capture_output=True, text=True,
+                              env={**os.environ, "ACCELERATE_USE_CPU": "true"}, timeout=200)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        results += [torch.load(folder / f"rank{rank}.pt") for rank in range(processes)]
+    alone, first, second = results
+    assert first[2] == second[2] == (2 if what == "shapes" else 1)
+    for own, mine, theirs in zip(alone[:2], first[:2], second[:2], strict=True):
+        assert own.keys() == mine.keys() == theirs.keys()
+        for key, value in own.items():
+            assert torch.allclose(value, mine[key], atol=TOLERANCE), key
+            assert torch.equal(mine[key], theirs[key]), key
 
 
 def test_what_one_process_refuses_all_refuse(tmp_path: Path) -> None:

@@ -44,7 +44,9 @@ class UnevenTask(Task):
         self, split: Split, epoch: int, *, batch: int, rank: int = 0, world: int = 1, skip: int = 0, workers: int = 0
     ) -> Iterator[Batch]:
         for start in list(range(0, SIZE, batch))[skip:]:
-            yield {name: value[start : start + batch] for name, value in points().items()}
+            stop = min(SIZE, start + batch)
+            edges = [start + (stop - start) * part // world for part in (rank, rank + 1)]
+            yield {name: value[edges[0] : edges[1]] for name, value in points().items()}
 
     def loss(self, model: nn.Module, batch: Batch, phase: str) -> Losses:
         outputs = model(batch["input"])

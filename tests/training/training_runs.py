@@ -7,12 +7,11 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 from ortho_cli.training.log import read_lines
 from ortho_cli.training.state import last_checkpoint
 
-__all__ = ["assert_same_runs", "die_at", "lines_of", "ortho", "write"]
+__all__ = ["LAUNCH", "assert_same_runs", "die_at", "lines_of", "ortho", "write"]
 
 # 22 steps an epoch; saves at 7, 14, 21 ... fall between epochs and between lines of the log.
 RECIPE: dict[str, str] = {
@@ -34,6 +33,8 @@ def write(folder: Path, name: str, **sections: str) -> Path:
     path.write_text("version: 1\n" + "".join(lines).replace("FOLDER", str(folder / name)), "utf-8")
     return path
 
+
+LAUNCH = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node")  # torchrun
 
 DIE = """
 import os, signal, sys
@@ -79,13 +80,6 @@ def lines_of(run: Path, key: str) -> list[float]:
 
 def ortho(*words: str, processes: int = 1, **environment: str) -> subprocess.CompletedProcess[str]:
     """`ortho WORDS` in another process, or in several that know each other."""
-    start = [sys.executable, "-m"]
-    if processes > 1:
-        start += ["torch.distributed.run", "--standalone", "--nproc_per_node", str(processes), "-m"]
+    start = [sys.executable, *LAUNCH, str(processes)] if processes > 1 else [sys.executable]
     own = {**os.environ, "ACCELERATE_USE_CPU": "true", **environment}
-    return subprocess.run([*start, "ortho_cli", *words], env=own, capture_output=True, text=True, timeout=280)
-
-
-def values_equal(first: Any, second: Any, tolerance: float) -> bool:
-    """Whether two rows of metrics agree to float rounding."""
-    return all(abs(first[key] - second[key]) <= tolerance * max(1.0, abs(first[key])) for key in first)
+    return subprocess.run([*start, "-m", "ortho_cli", *words], env=own, capture_output=True, text=True, timeout=280)
