@@ -104,7 +104,7 @@ def _version(value: bool) -> None:
 app = typer.Typer(
     name="ortho",
     cls=OrthoGroup,
-    help="Orthogonality in deep networks: put it into a checkpoint, measure it, take it out again.",
+    help="Orthogonality in deep networks: put it into a checkpoint, train with it, measure it, take it out again.",
     epilog="Start with: ortho demo",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
