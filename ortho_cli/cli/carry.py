@@ -15,13 +15,15 @@ from ortho_cli.surgery.plan import run
 if TYPE_CHECKING:
     import typer
 
-    from ortho_cli.surgery.plan import Plan
+    from ortho_cli.surgery.plan import Plan, Report
 
 __all__ = ["carry"]
 
 
-def carry(ctx: typer.Context, make_plan: Callable[[], object]) -> None:
-    """Make the plan, carry it out as the run options say, and print the report."""
+def carry(
+    ctx: typer.Context, make_plan: Callable[[], object], after: Callable[[Report], None] = lambda report: None
+) -> None:
+    """Make the plan, carry it out as the run options say, and print the report; `after` may add to what was written."""
     options = ctx.params
     if options["private"] and not options["push_to_hub"]:
         raise UsageError("--private is about --push-to-hub, which was not given")
@@ -34,6 +36,7 @@ def carry(ctx: typer.Context, make_plan: Callable[[], object]) -> None:
         report = run(plan, force=options["force"], dry_run=options["dry_run"], progress=bar)
     if not options["dry_run"]:
         save_recipe(ctx, plan.command)
+        after(report)
     if options["push_to_hub"]:  # before the report: a failure is the one thing said, then
         publish(plan.output, options["push_to_hub"], private=options["private"], command=f"ortho {plan.command}")
     show_report(report, as_json=options["as_json"], quiet=options["quiet"], verbose=options["verbose"])

@@ -110,11 +110,13 @@ def _show(report: Report) -> None:
 
     totals, console = report.totals, console_out()
     if report.details:
-        keys = [key for key in ("kind", "shape", "dtype", "rank", "parameters") if key in report.details[0]]
+        keys = [
+            key for key in ("kind", "shape", "dtype", "rank", "parameters") if any(key in x for x in report.details)
+        ]
         table(
             console,
             ["layer", *keys],
-            [[item["name"], *(_shape(item[key]) for key in keys)] for item in report.details],
+            [[item["name"], *(_shape(item.get(key, "-")) for key in keys)] for item in report.details],
         )
         console.print()
     rows: list[tuple[str, str]] = [
@@ -141,10 +143,22 @@ def _show(report: Report) -> None:
     if "adapter" in totals:
         console.print()
         table(console, None, _adapter_rows(totals["adapter"]))
+    if "factors" in totals:
+        console.print()
+        table(console, None, _factor_rows(totals["factors"]))
     for key, text in totals.get("made_by", {}).items():
         line = printable(f"{key}: {text if len(text) <= 160 else text[:157] + '...'}")
         console.print(line, markup=False, highlight=False)
     show_notes(console, report.notes)
+
+
+def _factor_rows(factors: dict[str, Any]) -> list[tuple[str, str]]:
+    low, high = factors["ranks"]
+    return [
+        ("factors", f"{factors['layers']:,} layers, rank {low if low == high else f'{low} to {high}'}"),
+        ("their parameters", f"{factors['parameters']:,}, instead of {factors['dense_parameters']:,}"),
+        ("load with", "ortho.load_factorized(model, PATH); dense again: ortho convert PATH --to dense"),
+    ]
 
 
 def _adapter_rows(adapter: dict[str, Any]) -> list[tuple[str, str]]:

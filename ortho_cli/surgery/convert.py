@@ -17,6 +17,7 @@ from .convert_checkpoint import (
     plan_ldm,
     plan_safetensors,
 )
+from .convert_factored import plan_dense
 from .convert_hra_repo import plan_hra_repo
 from .fit import refuse_adapter
 from .mirror import check_output_name
@@ -44,7 +45,7 @@ def convert(
         output: a file or a folder, as the form wants.
         to: ``peft-hra``, ``peft-lora``, ``kohya-lora``, ``diffusers-lora`` for adapters; ``hra-repo`` (adapter and
             base as the HRA authors' checkpoint); ``ldm``, ``diffusers`` (SD1.5), ``base`` (take an adapter out),
-            ``safetensors`` for checkpoints.
+            ``dense`` (multiply factors out), ``safetensors`` for checkpoints.
         base: the adapter's base (HRA to LoRA needs its weights), or where a diffusers folder's tokenizer comes from.
         force: overwrite, and accept a base whose fingerprint differs.
         dry_run: plan only.
@@ -80,5 +81,5 @@ def plan_convert(
         refuse_adapter(opened, f"--to {to} is for checkpoints; for adapters there are {theirs}")
     if to == "diffusers":
         return plan_diffusers(opened, output, base)
-    plans = {"ldm": plan_ldm, "base": plan_base, "safetensors": plan_safetensors}
+    plans = {"ldm": plan_ldm, "base": plan_base, "dense": plan_dense, "safetensors": plan_safetensors}
     return plans[to](opened, output)

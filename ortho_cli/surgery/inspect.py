@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ortho_cli.checkpoints.adapters import Adapter, adapter_of, base_bound, is_adapter
+from ortho_cli.checkpoints.factored import FactoredLayer, factored_layers
 from ortho_cli.checkpoints.fingerprint import base_fingerprint
 from ortho_cli.checkpoints.layouts import LayerIndex, to_canonical
 from ortho_cli.checkpoints.store import PICKLE_SUFFIXES, Checkpoint, open_checkpoint
@@ -28,8 +29,8 @@ def inspect(source: str | Path, *, base: str | Path | None = None, layers: bool 
         layers: list every layer, not only totals.
 
     Returns:
-        A report: ``totals`` has format, layout, components, dtypes, and ``adapter`` where there is one; ``details``
-        the layers, where asked for.
+        A report: ``totals`` has format, layout, components, dtypes, and ``adapter`` or ``factors`` where there are
+        any; ``details`` the layers, where asked for.
 
     Raises:
         CheckpointError: unreadable or malformed.
@@ -57,13 +58,16 @@ def inspect(source: str | Path, *, base: str | Path | None = None, layers: bool 
         if adapter is None:
             raise UsageError("--base is for adapters", hint="to compare two checkpoints: ortho inspect A --diff B")
         totals["adapter"]["fits_base"] = _fits(adapter, open_checkpoint(base))
+    factored = factored_layers(checkpoint)
+    if factored:
+        totals["factors"] = _factors(factored)
     own = {key: text for key, text in checkpoint.metadata.items() if key.startswith("ortho.")}
     if own:
         totals["made_by"] = own
     if adapter is not None and not has_hra(checkpoint):
         found = _adapter_layers(adapter)
     else:  # the weights' own, also where some of them hold reflections
-        found = _layers(checkpoint)
+        found = [*_layers(checkpoint), *_factored(factored)]
     return Report(
         command="inspect",
         inputs=[checkpoint.root.name],
@@ -135,6 +139,29 @@ def _layers(checkpoint: Checkpoint) -> list[dict[str, Any]]:
         }
         found.append({**entry, "canonical": canonical} if canonical != layer else entry)
     return found
+
+
+def _factored(factored: dict[str, FactoredLayer]) -> list[dict[str, Any]]:
+    return [
+        {
+            "name": name,
+            "shape": list(layer.view.shape),
+            "dtype": layer.u.dtype,
+            "rank": layer.rank,
+            "parameters": layer.u.numel + layer.vt.numel,
+        }
+        for name, layer in factored.items()
+    ]
+
+
+def _factors(factored: dict[str, FactoredLayer]) -> dict[str, Any]:
+    """What factors save."""
+    return {
+        "layers": len(factored),
+        "ranks": [min(layer.rank for layer in factored.values()), max(layer.rank for layer in factored.values())],
+        "parameters": sum(layer.u.numel + layer.vt.numel for layer in factored.values()),
+        "dense_parameters": sum(layer.view.parameters for layer in factored.values()),
+    }
 
 
 def _adapter(adapter: Adapter) -> dict[str, Any]:

@@ -15,11 +15,12 @@ from typing import Any
 
 from ortho_cli.checkpoints import layouts
 from ortho_cli.checkpoints.adapters import Adapter, adapter_of
+from ortho_cli.checkpoints.factored import factored_layers
 from ortho_cli.checkpoints.reading import BLOCK_BYTES
 from ortho_cli.checkpoints.store import Checkpoint, read_json
 from ortho_cli.checkpoints.tensors import FLOAT_DTYPES, TensorInfo
 from ortho_cli.checkpoints.writer import Piece, computed, copied
-from ortho_cli.errors import UsageError, check_choice
+from ortho_cli.errors import TargetError, UsageError, check_choice
 
 from .fit import check_base, check_floats, check_tensors, input_files, open_all
 from .fold import AddTo, Fold, Operate, Replace, ReplaceRows, Step, cast_blocks
@@ -63,6 +64,7 @@ def merge(
         The report: for each layer the relative change ``||W' - W||_F / ||W||_F`` and the largest rotation angle.
 
     Raises:
+        TargetError: the base holds factors.
         CheckpointError: an adapter's layer is not in the base, has another shape, or is bound to another base.
         NumericsError: a merged weight is not finite.
         OutputError: see `plan.run`.
@@ -88,6 +90,11 @@ def plan_merge(
 ) -> Plan:
     """Plan `merge` from headers alone (and 8 kB a layer for the base's fingerprint); arguments as there."""
     check_choice("--dtype", dtype, tuple(DTYPES))
+    if factored_layers(base):
+        raise TargetError(
+            f"{base.root.name} holds factors in place of weights, which an adapter cannot be folded into",
+            hint=f"multiply them out first: ortho convert {base.root.name} --to dense -o DENSE",
+        )
     own = has_hra(base)
     if own and adapters:
         raise UsageError(
