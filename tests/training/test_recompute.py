@@ -83,6 +83,7 @@ def test_in_a_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, of what its compiler imports
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a compiler")
 def test_a_compiled_model_trains_the_same(tmp_path: Path) -> None:
     for name in ("plain", "compiled"):
