@@ -6,6 +6,7 @@ steps in `keeper.py`.
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import signal
 import threading
@@ -100,7 +101,7 @@ def train(
     if keeper.stopped and not keeper.finished:
         raise Interrupted(
             f"stopped at step {keeper.counters.step} of {session.total_steps}; the state is saved",
-            hint="go on with: ortho train RECIPE --resume",
+            hint=f"go on with: ortho train {shlex.quote(str(folder / 'recipe.yaml'))} --resume",
         )
     exports = _export(session, folder)
     if debug == "overfit":

@@ -9,6 +9,7 @@ from training_recipes import errors, written
 
 from ortho_cli.errors import RecipeError
 from ortho_cli.recipe.train import load_train
+from ortho_cli.registry import TABLES
 
 CASES: list[tuple[dict[str, str], str]] = [
     # names
@@ -16,8 +17,7 @@ CASES: list[tuple[dict[str, str], str]] = [
     ({"task": "{}"}, "2: task.name: missing"),
     (
         {"model": "{name: resnet18}"},
-        "3: model.name: 'resnet18' is none of hf-image, mlp, resnet110, resnet20, resnet32, resnet44, resnet56,"
-        " vit-b16, vit-mini; did you mean 'resnet110'?",
+        f"3: model.name: 'resnet18' is none of {', '.join(sorted(TABLES['models']))}; did you mean 'resnet110'?",
     ),
     ({"data": "{name: cifar}"}, "4: data.name: expected digits, mnist, cifar10, cifar100, tiny-imagenet, imagenet"
      " or image-folder, found 'cifar'; did you mean 'cifar10'?"),
@@ -77,7 +77,7 @@ def test_refused(tmp_path: Path, sections: dict[str, str], expected: str) -> Non
 MORE: list[tuple[str, str]] = [
     ("methods: {name: hra}", "8: methods: expected a list, found a mapping"),
     ("methods: [hra]", "8: methods.0: expected a mapping, found 'hra'"),
-    ("methods: [{rank: 8}]", "8: methods.0.name: missing; one of gor, hra, lora, peft"),
+    ("methods: [{rank: 8}]", f"8: methods.0.name: missing; one of {', '.join(sorted(TABLES['methods']))}"),
     ("methods:\n  - {name: gor}\n  - name: hra\n    rnk: 8", "11: methods.1.rnk: no such key; did you mean 'rank'?"),
     ("methods:\n  - name: hra\n    rank: 7", "10: methods.0.rank: must be even to start as the identity, found 7;"
      " take 6 or 8"),
