@@ -42,6 +42,11 @@ def test_the_output_is_old_or_new(kind: str, size: int, kills: int, tmp_path: Pa
     assert found["same"]
 
 
+def _as_at_a_terminal() -> None:
+    """A background job's children would ignore Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize(("signal_sent", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, -signal.SIGTERM)])
 def test_a_command_that_is_interrupted(
     signal_sent: signal.Signals, code: int, tmp_path: Path, save: Callable[..., Path]
@@ -52,7 +57,7 @@ def test_a_command_that_is_interrupted(
     command = [sys.executable, "-m", "ortho_cli", "convert", base, "--to", "safetensors", "-o", output, "--force", "-q"]
     interrupted = False
     for _ in range(20):
-        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, preexec_fn=_as_at_a_terminal)
         while process.poll() is None and not list(tmp_path.glob(".out*")):
             time.sleep(0.001)
         process.send_signal(signal_sent)
