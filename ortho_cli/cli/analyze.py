@@ -9,15 +9,21 @@ from typing import Annotated
 
 import typer
 
-from ortho_cli.cli.completion import words
-from ortho_cli.cli.options import OUTPUT, DebugOption, DryRunOption, ForceOption, JsonOption, QuietOption
+from ortho_cli.cli.options import (
+    FORMATS,
+    OUTPUT,
+    DebugOption,
+    DryRunOption,
+    ForceOption,
+    FormatOption,
+    JsonOption,
+    QuietOption,
+)
 from ortho_cli.cli.spectrum import analyze_spectrum
 
 __all__ = ["app"]
 
 app = typer.Typer(help="Measure and compare what training left behind.", no_args_is_help=True)
-
-FORMATS = "html,png,csv"
 
 
 @app.callback()
@@ -45,16 +51,7 @@ def analyze_runs(
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="The folder to write the report to.", rich_help_panel=OUTPUT)
     ] = None,
-    formats: Annotated[
-        str,
-        typer.Option(
-            "--format",
-            metavar="LIST",
-            help="Of html, png, svg, pdf, csv, json, with commas.",
-            autocompletion=words("html", "png", "svg", "pdf", "csv", "json", FORMATS),
-            rich_help_panel=OUTPUT,
-        ),
-    ] = FORMATS,
+    formats: FormatOption = FORMATS,
     force: ForceOption = False,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,

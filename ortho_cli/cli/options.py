@@ -7,11 +7,11 @@ from typing import Annotated
 
 import typer
 
-from ortho_cli.cli.completion import recipes
+from ortho_cli.cli.completion import recipes, words
 
 __all__ = [
-    "DebugOption", "DryRunOption", "ForceOption", "JsonOption", "OutputOption", "PrivateOption", "PushOption",
-    "QuietOption", "RecipeOption", "SaveRecipeOption", "ShardOption", "VerboseOption",
+    "FORMATS", "DebugOption", "DryRunOption", "ForceOption", "FormatOption", "JsonOption", "OutputOption",
+    "PrivateOption", "PushOption", "QuietOption", "RecipeOption", "SaveRecipeOption", "ShardOption", "VerboseOption",
 ]  # fmt: skip
 
 METHOD, TARGETS, OUTPUT = "Method", "Targets", "Output"
@@ -19,6 +19,17 @@ METHOD, TARGETS, OUTPUT = "Method", "Targets", "Output"
 OutputOption = Annotated[
     Path | None,
     typer.Option("-o", "--output", help="What to write: NAME.safetensors or a folder.", rich_help_panel=OUTPUT),
+]
+FORMATS = "html,png,csv"
+FormatOption = Annotated[
+    str,
+    typer.Option(
+        "--format",
+        metavar="LIST",
+        help="Of html, png, svg, pdf, csv, json, with commas.",
+        autocompletion=words("html", "png", "svg", "pdf", "csv", "json", FORMATS),
+        rich_help_panel=OUTPUT,
+    ),
 ]
 ForceOption = Annotated[
     bool, typer.Option("-f", "--force", help="Overwrite the output if it exists.", rich_help_panel=OUTPUT)

@@ -8,13 +8,15 @@ from typing import Annotated
 
 import typer
 
-from ortho_cli.cli.completion import presets, words
+from ortho_cli.cli.completion import presets
 from ortho_cli.cli.options import (
+    FORMATS,
     OUTPUT,
     TARGETS,
     DebugOption,
     DryRunOption,
     ForceOption,
+    FormatOption,
     JsonOption,
     QuietOption,
     VerboseOption,
@@ -22,7 +24,6 @@ from ortho_cli.cli.options import (
 
 __all__ = ["analyze_spectrum"]
 
-FORMATS = "html,png,csv"
 SHOWN = ("name", "shape", "effective_rank", "stable_rank", "rank_90", "rank_95", "rank_99", "condition")
 LAYERS_SHOWN = 10  # without --verbose
 
@@ -47,16 +48,7 @@ def analyze_spectrum(
         typer.Option("--exclude", metavar="PATTERN", help="Layers to leave out.", rich_help_panel=TARGETS),
     ] = None,
     workers: Annotated[int | None, typer.Option("--workers", metavar="N", help="Layers at a time.")] = None,
-    formats: Annotated[
-        str,
-        typer.Option(
-            "--format",
-            metavar="LIST",
-            help="Of html, png, svg, pdf, csv, json, with commas.",
-            autocompletion=words("html", "png", "svg", "pdf", "csv", "json", FORMATS),
-            rich_help_panel=OUTPUT,
-        ),
-    ] = FORMATS,
+    formats: FormatOption = FORMATS,
     force: ForceOption = False,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,

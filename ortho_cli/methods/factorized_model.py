@@ -13,7 +13,7 @@ from .factored_module import FactoredModule
 from .factorized_layers import factorized_layer
 from .factorized_select import Candidate, layer_ranks, select_candidates, tensor_scale
 from .factorized_start import PLAIN_STARTS, draw_plain_, fill_spectral_
-from .inject import layer_seed
+from .inject import layer_seed, replace_modules
 from .tensor_layers import TENSOR_STARTS, TensorLayer
 
 __all__ = ["FORMS", "factorize_"]
@@ -95,7 +95,7 @@ def factorize_(
         scale = tensor_scale(model, chosen, form, rank_scale=rank_scale, target_ratio=target_ratio)
         layers = _by_cores(chosen, form, scale, spectral, plain_start, seed)
     made = dict(layers)
-    _replace(model, {id(layer.module): made[layer.name] for layer in chosen if layer.name in made})
+    replace_modules(model, {id(layer.module): made[layer.name] for layer in chosen if layer.name in made})
     return made
 
 
@@ -134,11 +134,3 @@ def _by_cores(
             generator = torch.Generator().manual_seed(layer_seed(seed, layer.name))
             made.fill_(layer.weight.detach() if spectral else None, generator, plain_start)
         yield layer.name, made
-
-
-def _replace(model: nn.Module, layers: dict[int, FactoredModule]) -> None:
-    """Put layers where others stand, everywhere (shared ones stand twice)."""
-    for owner in list(model.modules()):
-        for key, child in list(owner._modules.items()):  # named_children names a shared layer once
-            if child is not None and id(child) in layers:
-                setattr(owner, key, layers[id(child)])

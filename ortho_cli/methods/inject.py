@@ -22,6 +22,7 @@ __all__ = [
     "initial_vectors",
     "inner_model",
     "named_layers",
+    "replace_modules",
     "set_biases",
     "train_modules",
     "wrap",
@@ -132,14 +133,33 @@ def wrap(model: nn.Module, names: Sequence[str], make: Callable[[str, nn.Module]
     for name in names:
         layer = model.get_submodule(name)
         try:
-            made[id(layer)] = make(name, layer)
+            made[id(layer)] = make(name, layer).train(layer.training)
         except OrthoError as error:
             raise type(error)(f"layer {name}: {error.message}", hint=error.hint, where=error.where) from error
-    for owner in [module for module in model.modules() if not isinstance(module, AdapterLayer)]:
-        for key, child in list(owner.named_children()):
-            if id(child) in made:
-                setattr(owner, key, made[id(child)].train(child.training))
+    replace_modules(model, made, inside=lambda owner: not isinstance(owner, AdapterLayer))
     return list(made.values())
+
+
+def replace_modules(
+    model: nn.Module, new: Mapping[int, nn.Module], inside: Callable[[nn.Module], bool] = lambda owner: True
+) -> None:
+    """Put modules where others stand, everywhere: a shared one may stand twice, also in one parent.
+
+    Args:
+        model: changed in place; not itself replaced.
+        new: by the `id` of the module that each takes the place of.
+        inside: which parents are looked into.
+
+    >>> layer = nn.Linear(1, 1)
+    >>> model = nn.Sequential(layer, nn.ReLU(), layer)
+    >>> replace_modules(model, {id(layer): nn.Identity()})
+    >>> [type(module).__name__ for module in model]
+    ['Identity', 'ReLU', 'Identity']
+    """
+    for owner in [module for module in model.modules() if inside(module)]:
+        for key, child in list(owner._modules.items()):  # named_children names a shared one once
+            if child is not None and id(child) in new:
+                setattr(owner, key, new[id(child)])
 
 
 def freeze(model: nn.Module) -> None:

@@ -18,7 +18,7 @@ from ortho_cli.errors import CheckpointError, TargetError
 from ortho_cli.linalg.matricize import Matricization
 
 from .factorized_layers import FactorizedLayer, factorized_layer
-from .inject import named_layers
+from .inject import named_layers, replace_modules
 
 __all__ = ["load_factorized"]
 
@@ -69,11 +69,7 @@ def load_factorized(model: nn.Module, path: str | Path) -> nn.Module:
                 hint="is it the architecture that was factored? compare: ortho inspect CKPT --layers",
             )
         made[places[name]] = _layer(model, places[name], layer)
-    replaced = {id(model.get_submodule(name)): layer for name, layer in made.items()}
-    for owner in [module for module in model.modules() if not isinstance(module, FactorizedLayer)]:
-        for key, child in list(owner.named_children()):
-            if id(child) in replaced:
-                setattr(owner, key, replaced[id(child)])
+    replace_modules(model, {id(model.get_submodule(name)): layer for name, layer in made.items()})
     _load_rest(model, checkpoint, factored, places, made)
     return model
 

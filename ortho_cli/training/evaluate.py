@@ -25,7 +25,7 @@ from ortho_cli.tasks.task import Batch
 
 from .run_folder import RECIPE, best_or_last
 from .session import Session, open_session
-from .snapshot import as_held, load_model, without_prefix
+from .snapshot import held_as_parameters, load_methods, load_model
 from .state import BEST, checkpoint_steps, last_checkpoint, load_tensors, read_state, step_folder
 
 __all__ = ["SPLITS", "evaluate_run", "find_checkpoint", "restore_for_judging"]
@@ -115,16 +115,11 @@ def restore_for_judging(session: Session, folder: Path) -> None:
     """
     state, moments = read_state(folder), folder / "optimizer.safetensors"
     flat = load_tensors(moments) if moments.is_file() else {}
-    for index, method in enumerate(session.methods):
-        method.load_state(
-            {**state["methods"][str(index)]["state"], "tensors": without_prefix(flat, f"method/{index}/")}
-        )
+    load_methods(session.methods, state["methods"], flat)
     session.model.to(session.accelerator.device)
     load_model(session.model, load_tensors(folder / "model.safetensors"))
     if session.average is not None:
-        parameters = dict(session.model.named_parameters())
-        averaged = load_tensors(folder / "ema.safetensors")
-        session.average.values = {name: as_held(value, parameters[name]) for name, value in averaged.items()}
+        session.average.values = held_as_parameters(session.model, load_tensors(folder / "ema.safetensors"))
 
 
 def _outputs(session: Session, split: str, target: str) -> tuple[dict[str, float], Tensor, Tensor]:

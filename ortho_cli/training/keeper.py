@@ -20,7 +20,16 @@ from .log import JsonLines, finite
 from .loop import Counters
 from .processes import agreed, on_main, own_place
 from .session import Session, prepare_training
-from .snapshot import Snapshot, as_held, capture, check_finite, load_model, load_optimizer, without_prefix
+from .snapshot import (
+    Snapshot,
+    capture,
+    check_finite,
+    held_as_parameters,
+    load_methods,
+    load_model,
+    load_optimizer,
+    without_prefix,
+)  # fmt: skip
 from .state import BEST, checkpoint_steps, load_tensors, read_state, save_state, step_folder
 from .window import Window, check_number
 
@@ -182,18 +191,13 @@ class Keeper:
         """Put a saved state back: methods' shapes, then weights, then the optimizers'."""
         session = self.session
         state, flat = read_state(folder), load_tensors(folder / "optimizer.safetensors")
-        for index, method in enumerate(session.methods):
-            method.load_state(
-                {**state["methods"][str(index)]["state"], "tensors": without_prefix(flat, f"method/{index}/")}
-            )
+        load_methods(session.methods, state["methods"], flat)
         load_model(session.model, load_tensors(folder / "model.safetensors"))
         prepare_training(session)
         for phase, optimizer in session.optimizers.items():
             load_optimizer(optimizer, session.model, without_prefix(flat, f"{phase}/"), state["optimizers"][phase])
         if session.average is not None:
-            parameters = dict(session.model.named_parameters())
-            averaged = load_tensors(folder / "ema.safetensors")
-            session.average.values = {name: as_held(value, parameters[name]) for name, value in averaged.items()}
+            session.average.values = held_as_parameters(session.model, load_tensors(folder / "ema.safetensors"))
         if state["scaler"] is not None and session.accelerator.scaler is not None:
             session.accelerator.scaler.load_state_dict(state["scaler"])
         self.counters = Counters(**state["counters"])

@@ -20,7 +20,7 @@ RECIPE, OUTCOME = "recipe.yaml", "outcome.json"
 # Everything a run writes, and nothing else, goes when it is begun anew.
 WRITTEN = (
     RECIPE, OUTCOME, "metrics.jsonl", "timing.jsonl", "checkpoints", "export", "samples", "trackers", "report.html",
-    "figures", "README.md", "trace.json", "profile.txt",
+    "figures", "evaluation", "README.md", "trace.json", "profile.txt",
 )  # fmt: skip
 
 

@@ -17,8 +17,8 @@ from ortho_cli.methods.adapter_layer import whole
 from ortho_cli.methods.method import Method
 
 __all__ = [
-    "Snapshot", "as_held", "capture", "check_finite", "load_model", "load_optimizer", "optimizer_state",
-    "without_prefix",
+    "Snapshot", "as_held", "capture", "check_finite", "held_as_parameters", "load_methods", "load_model",
+    "load_optimizer", "optimizer_state", "without_prefix",
 ]  # fmt: skip
 
 SEPARATOR = "|"  # between a parameter's name, which has dots, and the moment's
@@ -148,6 +148,18 @@ def load_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
         model.load_state_dict({name: as_held(value, held.get(name, value)) for name, value in tensors.items()})
     except RuntimeError as error:
         raise CheckpointError(f"the checkpoint does not fit the model: {error}") from error
+
+
+def load_methods(methods: list[Method], saved: Mapping[str, Any], moments: Mapping[str, Tensor]) -> None:
+    """Put the methods' own state back, and with it the shapes they gave the model; before the weights."""
+    for index, method in enumerate(methods):
+        method.load_state({**saved[str(index)]["state"], "tensors": without_prefix(moments, f"method/{index}/")})
+
+
+def held_as_parameters(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Whole tensors, named as parameters, placed and sharded as those are."""
+    parameters = dict(model.named_parameters())
+    return {name: as_held(value, parameters[name]) for name, value in tensors.items()}
 
 
 def as_held(value: Tensor, like: Tensor) -> Tensor:

@@ -357,3 +357,9 @@ def test_freezing_leaves_adapters_that_train_alone() -> None:
     wrap(model, ["b"], lambda name, base: HRALayer(base, torch.randn(4, 2)))
     freeze(model)
     assert [name for name, p in model.named_parameters() if p.requires_grad] == ["a.hra_u", "b.hra_u"]
+
+
+def test_a_layer_that_stands_twice_in_one_parent_is_adapted_in_both_places() -> None:
+    layer = nn.Linear(8, 8)
+    model = add_adapter(nn.Sequential(layer, nn.ReLU(), layer), rank=2, targets=["0"])
+    assert isinstance(model[0], HRALayer) and model[2] is model[0]
