@@ -1,13 +1,16 @@
-"""The live view of a run: loss, learning rate, speed, time left, and what the methods say. On stderr, in a terminal."""
+"""What is seen of a run on stderr: in a terminal a live view, elsewhere (a log file, a cluster) now and then a line."""
 
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-__all__ = ["LiveView", "live_view"]
+__all__ = ["LineView", "LiveView", "live_view"]
+
+LINE_EVERY = 30.0  # seconds between two lines, but for evaluations, which all are told
 
 
 class LiveView:
@@ -49,11 +52,50 @@ class LiveView:
         return Group(self._progress, grid)
 
 
+class LineView:
+    """Lines of text that follow the loop's reports: every evaluation, and training at most twice a minute."""
+
+    def __init__(self, title: str) -> None:
+        from rich.console import Console
+
+        self._console, self._title = Console(stderr=True), title
+        self._steps, self._speed = 0, 0.0
+        self._loss = ""
+        self._last = time.monotonic()
+
+    def total(self, steps: int, done: int) -> None:
+        """The number of steps; each line says where it is."""
+        self._steps = steps
+
+    def metrics(self, counters: Any, values: dict[str, float]) -> None:
+        """Print what is due."""
+        judged = {name.removeprefix("eval/"): value for name, value in values.items() if name.startswith("eval/")}
+        if "train/loss" in values:
+            self._loss = f"  loss {values['train/loss']:.4g}"
+        if not judged and time.monotonic() - self._last < LINE_EVERY:
+            return
+        self._last = time.monotonic()
+        found = "".join(f"  {name.replace('_', ' ')} {value:.4g}" for name, value in judged.items() if name != "loss")
+        place = f"step {counters.step:,} of {self._steps:,}, epoch {counters.epoch}"
+        line = f"{self._title}: {place}{self._loss}{found}{self._left(counters.step)}"
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def timing(self, counters: Any, values: dict[str, float]) -> None:
+        """Remember the speed."""
+        self._speed = values["steps_per_second"]
+
+    def _left(self, step: int) -> str:
+        return f"  {(self._steps - step) / self._speed / 60:.1f} min left" if self._speed and step < self._steps else ""
+
+
 @contextmanager
-def live_view(title: str, *, hidden: bool = False) -> Iterator[LiveView | None]:
-    """A live view while the block runs; None where nobody would see it."""
-    if hidden or not sys.stderr.isatty():
+def live_view(title: str, *, hidden: bool = False) -> Iterator[LiveView | LineView | None]:
+    """A view of the run while the block runs; None where nobody wants it."""
+    if hidden:
         yield None
+        return
+    if not sys.stderr.isatty():
+        yield LineView(title)
         return
     from rich.console import Console
     from rich.live import Live

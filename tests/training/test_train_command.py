@@ -143,6 +143,18 @@ def test_no_upload_offline(tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()  # said before hours of training, not after
 
 
+def test_a_line_for_each_evaluation_where_nobody_watches(tmp_path: Path) -> None:
+    """A log file gets no control characters, and says how far the run is and how well it does."""
+    result = call(str(write(tmp_path, "run")), *SHORT)
+    assert result.exit_code == 0, result.output
+    lines = [line for line in result.stderr.splitlines() if ": step " in line]
+    assert re.fullmatch(r"\w.*: step [\d,]+ of [\d,]+, epoch \d+  loss [\d.]+  accuracy [\d.]+.*", lines[-1]), (
+        result.stderr
+    )
+    assert "\x1b" not in result.stderr
+    assert ": step " not in call(str(write(tmp_path, "other")), *SHORT, "-q").stderr
+
+
 def test_the_live_view_in_a_terminal(tmp_path: Path) -> None:
     """A bar with its end, the speed, the time left, and the latest of training, evaluation and each method."""
     master, slave = pty.openpty()
