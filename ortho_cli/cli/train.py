@@ -118,12 +118,19 @@ def _number(value: object) -> object:
 
 
 def _publish(outcomes: list[Outcome], repo: str, private: bool) -> None:
-    """Upload the run's folder, or the folder of all cells, without what only a resumed run needs."""
-    folder = Path(outcomes[0].folder)
-    publish(
-        folder.parent if len(outcomes) > 1 else folder, repo, private=private, command="ortho train",
-        ignore=["*optimizer.safetensors", "*checkpoints/step-*", "*trackers/*", "*timing.jsonl"],
-    )  # fmt: skip
+    """Upload the run's folder, or the folder of all cells: of the checkpoints the best or else the last, to be used."""
+    from ortho_cli.training.run_folder import best_or_last
+
+    folders = [Path(outcome.folder) for outcome in outcomes]
+    root = folders[0].parent if len(folders) > 1 else folders[0]
+    unused = [
+        f"{checkpoint.relative_to(root).as_posix()}/*"
+        for folder in folders
+        for checkpoint in sorted((folder / "checkpoints").iterdir())
+        if checkpoint != best_or_last(folder)
+    ]
+    only_to_resume = ["*optimizer.safetensors", "*trackers/*", "*timing.jsonl"]
+    publish(root, repo, private=private, command="ortho train", ignore=[*only_to_resume, *unused])
 
 
 def _report(recipe: str, outcomes: list[Outcome], *, as_json: bool, quiet: bool) -> None:

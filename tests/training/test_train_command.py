@@ -117,7 +117,9 @@ class Hub:
         return "https://hub/" + options["repo_id"]
 
 
-def test_upload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("best", "weights"), [([], "best"), (["--set", "run.best=null"], "step-")])
+def test_upload(best: list[str], weights: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is needed to use the run: the weights of the best checkpoint or else the last, never two, never moments."""
     import huggingface_hub
     from huggingface_hub.utils import filter_repo_objects
 
@@ -126,14 +128,16 @@ def test_upload(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(Hub, "asked", [])
     path = write(tmp_path, "run")
-    result = call(str(path), *SHORT, "--push-to-hub", "me/digits", "--private", "-q")
+    result = call(str(path), *SHORT, *best, "--push-to-hub", "me/digits", "--private", "-q")
     assert result.exit_code == 0, result.output
     (_, created), (repo, options) = Hub.asked
     assert (repo, created["private"], options["folder_path"]) == ("me/digits", True, tmp_path / "run")
     files = [file.relative_to(tmp_path / "run").as_posix() for file in (tmp_path / "run").rglob("*") if file.is_file()]
     sent = set(filter_repo_objects(files, ignore_patterns=options["ignore_patterns"]))
-    assert {"recipe.yaml", "metrics.jsonl", "outcome.json", "checkpoints/best/model.safetensors"} <= sent
-    assert not any("optimizer" in file or "step-" in file or "timing" in file for file in sent)
+    assert {"recipe.yaml", "metrics.jsonl", "outcome.json"} <= sent
+    held = [file for file in sent if file.startswith("checkpoints/") and file.endswith("model.safetensors")]
+    assert len(held) == 1 and held[0].startswith(f"checkpoints/{weights}")
+    assert not any("optimizer" in file or "timing" in file for file in sent)
 
 
 def test_no_upload_offline(tmp_path: Path) -> None:
