@@ -125,7 +125,7 @@ def calibration(checkpoint: Checkpoint, layers: Sequence[FactorLayer], data: str
     other = next((layer for layer in layers if layer.view.kind not in ("linear", "conv1d")), None)
     if other is not None:
         raise TargetError(
-            f"--calibrate fits Linear layers, and {other.name} is a {other.view.kind}",
+            f"--calibrate fits Linear layers, which {other.name} is not (it is of kind {other.view.kind})",
             hint=f"leave it out: --exclude {other.name}",
         )
     texts = _read(Path(data).expanduser(), samples)
