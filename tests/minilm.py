@@ -54,7 +54,7 @@ SENTENCES = (
 # English prose that every Python brings along: the summaries of its own classes and functions.
 CALIBRATION = (
     "argparse", "calendar", "collections", "concurrent.futures", "configparser", "csv", "datetime", "decimal",
-    "difflib", "email.message", "fractions", "gettext", "http.client", "http.cookiejar", "imaplib", "inspect", "ipaddress",
+    "difflib", "email.message", "fractions", "gettext", "http.client", "imaplib", "inspect", "ipaddress",
     "locale", "logging", "mailbox", "mimetypes", "pathlib", "pdb", "pickle", "pprint", "queue", "random", "sched",
     "shutil", "smtplib", "socket", "sqlite3", "statistics", "string", "subprocess", "tarfile", "textwrap", "threading",
     "trace", "unittest.mock", "urllib.request", "uuid", "wave", "zipfile",

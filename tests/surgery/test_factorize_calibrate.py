@@ -135,7 +135,7 @@ def minilm() -> Path:
 
 
 def test_real_weights(minilm: Path, text: Path, tmp_path: Path) -> None:
-    """At 0.7 of the linear parameters ranks to a budget, and factors fitted to text, each keep more of its sentences."""
+    """At 0.7 of the linear parameters ranks to a budget, and factors fitted to text, keep more of its sentences."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(minilm)
     wanted = embeddings(transformers.AutoModel.from_pretrained(minilm).eval(), tokenizer)
 
