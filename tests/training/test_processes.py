@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ import torch
 from training_runs import LAUNCH, ortho, write
 
 from ortho_cli.training.log import read_lines
-from ortho_cli.training.state import last_checkpoint, load_tensors
+from ortho_cli.training.state import checkpoint_steps, last_checkpoint, load_tensors
 
 GROUP_NORM = "{name: resnet20, norm: group}"
 VIT = "{name: vit-mini, patch: 4, depth: 2, heads: 2, dim: 32}"
@@ -77,6 +79,30 @@ def test_two_processes_resume_bit_for_bit(tmp_path: Path) -> None:
     for file in ("model", "ema", "optimizer"):
         name = f"checkpoints/step-{STEPS:06d}/{file}.safetensors"
         assert (whole / name).read_bytes() == (parts / name).read_bytes()
+
+
+def test_a_stopped_launcher_leaves_a_state_to_go_on_from(tmp_path: Path) -> None:
+    """What a cluster does to a job: all processes agree on the step, save once, and the run can be resumed."""
+    steps = 60  # many seconds
+    own = sections("plain")
+    path = write(tmp_path, "run", **own | {"train": own["train"].replace(f"steps: {STEPS}", f"steps: {steps}")})
+    process = subprocess.Popen(
+        [sys.executable, *LAUNCH, "2", "-m", "ortho_cli", "train", str(path), "-q"],
+        env={**os.environ, "ACCELERATE_USE_CPU": "true"}, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    for _ in range(1200):
+        if process.poll() is not None or (metrics.exists() and len(metrics.read_bytes().splitlines()) > 2):
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, talk = process.communicate(timeout=100)
+    step = checkpoint_steps(tmp_path / "run")[-1]
+    assert step < steps
+    assert f"stopped at step {step} of {steps}" in talk, talk
+    done = ortho("train", str(path), "-q", "--resume", processes=2)
+    assert done.returncode == 0, done.stderr
+    assert checkpoint_steps(tmp_path / "run")[-1] == steps
 
 
 @pytest.mark.parametrize("what", ["shapes", "phases"])
