@@ -81,11 +81,10 @@ def report_error(error: OrthoError, *, as_json: bool) -> None:
     where = f" ({printable(error.where)})" if error.where and error.where not in error.message else ""
     color = False if os.environ.get("NO_COLOR") else None  # None: where the stream is a terminal
     title = "error: " if rank == "0" else f"error in process {rank}: "
-    typer.secho(title, fg="red", bold=True, nl=False, err=True, color=color)
-    typer.echo(_harmless(error.message) + where, err=True)
+    text = typer.style(title, fg="red", bold=True) + _harmless(error.message) + where
     if error.hint:
-        typer.secho("hint: ", fg="cyan", nl=False, err=True, color=color)
-        typer.echo(_harmless(error.hint), err=True)
+        text += "\n" + typer.style("hint: ", fg="cyan") + _harmless(error.hint)
+    typer.echo(text, err=True, color=color)  # in one piece, for several processes may speak at once
 
 
 def _harmless(text: str) -> str:

@@ -16,13 +16,14 @@ TRAINING = [name for name in shipped() if isinstance(load_any(name), TrainRecipe
 # Parameters of the model and of those that train; for a matrix in its first cell.
 RESNET20 = 269_722 - 2 * 3 * 3 * 16  # the literature's count, with one channel in place of three
 VIT = 201_418
-HRA = 4 * 8 * (64 + 64 + 64 + 256)  # 8 reflections on the inputs of the four layers of each of four blocks
+HRA = 4 * 16 * (64 + 64 + 64 + 256)  # 16 reflections on the inputs of the four layers of each of four blocks
 HEAD = 65 * 10
 COUNTS = {
     "quickstart": (RESNET20, RESNET20),
     "digits-resnet20-gor": (RESNET20, RESNET20),
     "digits-resnet20-plain": (RESNET20, RESNET20),
     "digits-vit-pretrain": (VIT, VIT),
+    "digits-vit-comparison": (VIT, VIT),
     "digits-vit-hra-finetune": (VIT, HRA + HEAD),
     "digits-vit-hra-matrix": (VIT, HRA + HEAD),
     "cifar10-resnet110-gor": (1_795_064, 1_795_064),  # the paper's model with its head of 1000 outputs
