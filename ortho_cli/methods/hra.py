@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,12 +19,14 @@ from .hra_layer import HRALayer
 from .inject import choose, freeze, inner_model, set_biases, train_modules
 from .load import attach
 from .method import Context, Method
-from .orthogonality import reflection_summary, vectors_penalty
+from .orthogonality import reflection_details, reflection_summary, vectors_penalty
 
 if TYPE_CHECKING:
     from ortho_cli.recipe.methods import HRA
 
 __all__ = ["HRAMethod"]
+
+TABLE = "layers.csv"  # of each layer: rank, ||I - V^T V||_F, mean angle in radians
 
 
 class HRAMethod(Method):
@@ -106,10 +109,16 @@ class HRAMethod(Method):
         return float(self.config.penalty) * vectors_penalty(chains, self.config.penalty_form)
 
     def export(self, model: nn.Module, path: Path) -> None:
-        """Write the adapter folder."""
+        """Write the adapter folder, with a table of its layers beside it."""
         layers: dict[str, AdapterLayer] = dict(self.layers)
         settings = {"penalty": self.config.penalty, "penalty_form": self.config.penalty_form}
         self.notes += write_adapter(inner_model(model), layers, path, command="ortho train", extra=settings)
+        with (path / TABLE).open("w", encoding="utf-8", newline="") as file:
+            table = csv.DictWriter(file, ("layer", "rank", "defect", "angle"), lineterminator="\n")
+            table.writeheader()
+            table.writerows(
+                {"layer": name, "rank": layer.rank, **reflection_details(layer)} for name, layer in self.layers.items()
+            )
 
     def state(self) -> dict[str, Any]:
         """Which layers are adapted; the vectors are in the model."""

@@ -17,7 +17,7 @@ from ortho_cli.linalg.rotation import plane_angles
 from .adapter_layer import whole
 from .hra_layer import HRALayer
 
-__all__ = ["ANGLE_RESOLUTION", "orthogonality_penalty", "reflection_summary", "vectors_penalty"]
+__all__ = ["ANGLE_RESOLUTION", "orthogonality_penalty", "reflection_details", "reflection_summary", "vectors_penalty"]
 
 # Eigenvalues of V^T V below this are rounding of the float32 vectors: a pair that turns by less than 2e-6 rad.
 ANGLE_RESOLUTION = 1e-12
@@ -85,27 +85,31 @@ def vectors_penalty(vectors: Sequence[Tensor], form: str = "squared") -> Tensor:
 
 
 @torch.no_grad()
-def reflection_summary(layers: Sequence[HRALayer]) -> dict[str, float]:
-    """What a run logs: the mean and largest `||I - V^T V||_F` of the layers, and the mean angle they turn by.
+def reflection_details(layer: HRALayer) -> dict[str, float]:
+    """How far one layer's reflections are from orthogonal, `||I - V^T V||_F`, and the mean angle they turn by.
 
     Angles are those of the planes that `rank` reflections can turn, in radians, unturned ones counted as 0; computed
-    from the Grams, `O(r^3)` a layer in float64. Soft reflections are no rotation and have no angle.
+    from the Gram, `O(r^3)` in float64. Soft reflections are no rotation and have no angle.
     """
-    defects, angles = [], []
-    for layer in layers:
-        chain = layer.chain().double()
-        unit = chain / torch.linalg.vector_norm(chain, dim=0)
-        gram = (unit.T @ unit).cpu()
-        eye = torch.eye(gram.shape[0], dtype=gram.dtype)
-        defects.append(0.0 if layer.form.span else float(torch.linalg.matrix_norm(gram - eye)))
-        if layer.form.eps:
-            continue
-        factor = torch.linalg.solve_triangular(eye / 2 + gram.triu(1), eye, upper=True)
-        values, basis = torch.linalg.eigh(gram)
-        kept = values > ANGLE_RESOLUTION
-        upper = values[kept].sqrt()[:, None] * basis[:, kept].T  # V = Z upper with Z orthonormal
-        core = torch.eye(int(kept.sum()), dtype=gram.dtype) - upper @ factor @ upper.T
-        planes = (gram.shape[0] + 1) // 2
-        angles.append(float(plane_angles(core[None]).clamp(max=pi).sum()) / planes)
-    found = {"defect_mean": sum(defects) / len(defects), "defect_max": max(defects)}
-    return found | ({"angle_mean": sum(angles) / len(angles)} if angles else {})
+    chain = layer.chain().double()
+    unit = chain / torch.linalg.vector_norm(chain, dim=0)
+    gram = (unit.T @ unit).cpu()
+    eye = torch.eye(gram.shape[0], dtype=gram.dtype)
+    found = {"defect": 0.0 if layer.form.span else float(torch.linalg.matrix_norm(gram - eye))}
+    if layer.form.eps:
+        return found
+    factor = torch.linalg.solve_triangular(eye / 2 + gram.triu(1), eye, upper=True)
+    values, basis = torch.linalg.eigh(gram)
+    kept = values > ANGLE_RESOLUTION
+    upper = values[kept].sqrt()[:, None] * basis[:, kept].T  # V = Z upper with Z orthonormal
+    core = torch.eye(int(kept.sum()), dtype=gram.dtype) - upper @ factor @ upper.T
+    planes = (gram.shape[0] + 1) // 2
+    return found | {"angle": float(plane_angles(core[None]).clamp(max=pi).sum()) / planes}
+
+
+def reflection_summary(layers: Sequence[HRALayer]) -> dict[str, float]:
+    """What a run logs: the mean and the largest defect, and the mean angle, of the layers."""
+    found = [reflection_details(layer) for layer in layers]
+    defects, angles = ([each[key] for each in found if key in each] for key in ("defect", "angle"))
+    summary = {"defect_mean": sum(defects) / len(defects), "defect_max": max(defects)}
+    return summary | ({"angle_mean": sum(angles) / len(angles)} if angles else {})
