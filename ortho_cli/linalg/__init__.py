@@ -12,6 +12,7 @@
 | `ranks.py`, `budget.py` | which rank a layer gets; the ranks of all layers for one budget |
 | `product.py`, `frobenius.py`, `heads.py` | factored products: measured, balanced, decayed; those of attention |
 | `tensor.py`, `tensor_train.py` | a weight as a tensor train or a Tucker form, and computing with it |
+| `polar.py`, `subspace.py` | the basis of a weight: its polar factor; how far it moved between two checkpoints |
 | `precision.py` | which dtypes are computed in and which are refused |
 """
 
@@ -27,14 +28,17 @@ from ortho_cli.linalg.kronecker import Hadamard, Kronecker
 from ortho_cli.linalg.lowrank import LowRank, fold_core
 from ortho_cli.linalg.matricize import Matricization
 from ortho_cli.linalg.operator import Chain, Operator, Transposed
+from ortho_cli.linalg.polar import Polar, polar_factor
 from ortho_cli.linalg.product import non_orthogonality, nuclear_norm, product_norm, rebalance
 from ortho_cli.linalg.ranks import LayerSize, energy_rank, error_rank, scale_for_parameters, scaled_rank
 from ortho_cli.linalg.reflections import normalize, orthonormalize, reflect_activations, reflect_weight, wy_factor
 from ortho_cli.linalg.rotation import BlockRotation, Rescale, orthogonality_defect, plane_angles
 from ortho_cli.linalg.spectral import relative_error, singular_values, spectral_factors
 from ortho_cli.linalg.starts import orthonormal_start, pad_pairs, paired_start
+from ortho_cli.linalg.subspace import Basis, basis, factor_stability, principal_angles, stability, truncated_stability
 
 __all__ = [
+    "Basis",
     "BlockRotation",
     "Chain",
     "Dora",
@@ -45,9 +49,11 @@ __all__ = [
     "LowRank",
     "Matricization",
     "Operator",
+    "Polar",
     "Rescale",
     "Transposed",
     "add_decay_gradients_",
+    "basis",
     "budget_ranks",
     "cayley",
     "cayley_neumann",
@@ -55,6 +61,7 @@ __all__ = [
     "diag_oft",
     "energy_rank",
     "error_rank",
+    "factor_stability",
     "fold_core",
     "group_penalty",
     "limit_skew",
@@ -67,6 +74,8 @@ __all__ = [
     "pad_pairs",
     "paired_start",
     "plane_angles",
+    "polar_factor",
+    "principal_angles",
     "product_norm",
     "rebalance",
     "reflect_activations",
@@ -78,5 +87,7 @@ __all__ = [
     "skew_from_upper",
     "skew_part",
     "spectral_factors",
+    "stability",
+    "truncated_stability",
     "wy_factor",
 ]

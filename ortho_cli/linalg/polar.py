@@ -1,0 +1,247 @@
+r"""The nearest matrix with orthonormal columns: the polar factor `P` of `A = P H`, `H` symmetric and semidefinite.
+
+With the thin SVD `A = U S V^T` it is `P = U V^T`: unique where A has full column rank, blind to the scale of A, and
+free of the signs and the order that U and V have. What A does not resolve (singular values below `RESOLVED` of the
+largest) is left out, and P is a partial isometry: an isometry of a smaller space, as unique as before, where completing
+it would make up directions that are not in A.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ortho_cli.errors import NumericsError, TargetError, check_choice
+from ortho_cli.linalg.precision import at_least_float32
+from ortho_cli.linalg.spectral import frobenius_norm
+from ortho_cli.linalg.subspace_iteration import gram
+
+__all__ = ["METHODS", "RESOLVED", "Polar", "RightSpectrum", "isometry", "polar_factor", "right_spectrum", "tall_matrix"]
+
+METHODS = ("auto", "svd", "gram", "polar-express")
+# Up to a condition of 1e5 (and a little, for rounding) the float64 Gram matrix gives the factor of a float32 weight to
+# 2e-7; beyond it no one should call what is found a basis: it is mostly the rounding of the weight.
+RESOLVED = 0.9e-5
+# The iteration runs in the weight's own precision: to 1e-6 up to this condition.
+ITERATED = 1e-3
+# On an accelerator, from this side on matrix products beat an eigenproblem.
+ITERATED_SIDE = 128
+# Odd polynomials a x + b x^3 + c x^5 that together bring singular values in [1e-3, 1] to 1, each the best one for the
+# interval the last one leaves, eased by 1 % so that rounding cannot carry a value out of it.
+# Reference: Amsel, Persson, Musco and Gower 2025, "The Polar Express", arXiv:2505.16932, algorithm 1.
+POLYNOMIALS = (
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
+)
+EASED = 1.01
+POLISH = (1.875, -1.25, 0.375)  # the same for an interval around 1: converges cubically, turns nothing
+POLISHED, MOST_POLISHES = 8, 12  # roundings that are left; a singular value of 1e-5 needs that many
+PROBES, POWERS = 4, 16
+ROW_ENTRIES = 2**21  # rows taken at a time, so that no copy of the whole in float64 is made
+
+
+@dataclass(frozen=True)
+class Polar:
+    """The polar factor of a matrix, and how far it can be trusted.
+
+    Attributes:
+        factor: of the matrix's shape, at least float32; orthonormal columns (rows of a wide matrix) for full rank.
+        sigma_min: smallest singular value; estimated to a few percent by "polar-express", as is the next.
+        sigma_max: largest singular value.
+        error: how far `P^T P` is from a projection, the root of the mean square over a few random vectors.
+        method: the route taken.
+        rank: directions that are resolved; `min(m, n)` for full rank.
+    """
+
+    factor: Tensor
+    sigma_min: float
+    sigma_max: float
+    error: float
+    method: str
+    rank: int
+
+
+class RightSpectrum(NamedTuple):
+    """`values (n,)`, descending, and right singular `vectors (n, n)` of a tall matrix, and its `squared` `A^T A`.
+
+    All are float64.
+    """
+
+    values: Tensor
+    vectors: Tensor
+    squared: Tensor
+
+    @property
+    def rank(self) -> int:
+        """Singular values above `RESOLVED` of the largest."""
+        return int((self.values > RESOLVED * self.values[0]).sum())
+
+
+def polar_factor(matrix: Tensor, *, method: str = "auto") -> Polar:
+    """Find the nearest matrix with orthonormal columns: keep the directions of a weight, drop its strengths.
+
+    Args:
+        matrix: `(m, n)`, any plain float type; half types are computed in float32.
+        method: "svd" in float64; "gram", the eigenvectors of `A^T A` in float64, several times faster; "polar-express",
+            matrix products only, for accelerators; "auto": on an accelerator products where the matrix is large and its
+            condition below 1e3, else "gram".
+
+    Raises:
+        TargetError: no matrix, or an empty one.
+        NumericsError: a value that is not finite.
+        UsageError: no such method.
+
+    Cost: "gram" `4 m n k + 11 k^3` flops with `k = min(m, n)`, in float64; "svd" about `6 m n k + 20 k^3`;
+        "polar-express" about `40 m n k`.
+    Reference: Higham, "Functions of Matrices", 2008, chapter 8; for its use, OIALR, arXiv:2401.08505, section 3.
+
+    >>> found = polar_factor(torch.tensor([[3.0, 0.0], [0.0, -2.0], [0.0, 0.0]]))
+    >>> found.factor.tolist(), found.sigma_max, found.rank
+    ([[1.0, 0.0], [0.0, -1.0], [0.0, 0.0]], 3.0, 2)
+    """
+    check_choice("method", method, METHODS)
+    tall = tall_matrix(matrix)
+    if method == "polar-express" or (method == "auto" and _prefers_products(tall)):
+        found = _polar_express(tall)
+        if method == "polar-express" or _is_iterated(found):
+            return _like(found, matrix)
+    spectrum = None if method == "svd" else right_spectrum(tall)
+    if spectrum is None:
+        left, values, right = torch.linalg.svd(tall.double(), full_matrices=False)
+        rank = int((values > RESOLVED * values[0]).sum())
+        factor = (left[:, :rank] @ right[:rank]).to(tall.dtype)
+    else:
+        values, rank, factor = spectrum.values, spectrum.rank, isometry(tall, spectrum)
+    taken = "svd" if spectrum is None else "gram"
+    found = Polar(factor, float(values[-1]), float(values[0]), _defect(factor), taken, rank)
+    return _like(found, matrix)
+
+
+def tall_matrix(matrix: Tensor) -> Tensor:
+    """The matrix, or its transpose where it is wide, in at least float32.
+
+    Raises:
+        TargetError: no matrix, or an empty one.
+        NumericsError: a value that is not finite.
+    """
+    if matrix.ndim != 2 or not matrix.numel():
+        raise TargetError(f"a matrix has two dimensions and some entries, found shape {tuple(matrix.shape)}")
+    matrix = at_least_float32(matrix, "matrix")
+    if not bool(frobenius_norm(matrix).isfinite()):
+        raise NumericsError(
+            f"a matrix of shape {tuple(matrix.shape)} holds values that are not finite",
+            hint="the training that wrote it diverged: take an earlier save",
+        )
+    return matrix if matrix.shape[0] >= matrix.shape[1] else matrix.mT
+
+
+def right_spectrum(tall: Tensor) -> RightSpectrum:
+    """Singular values and right singular vectors of a tall matrix `(m, n)`, from its Gram matrix in float64.
+
+    Cost: `m n^2 + 9 n^3` flops.
+
+    >>> right_spectrum(torch.tensor([[3.0, 0.0], [0.0, 2.0], [0.0, 0.0]])).values.tolist()
+    [3.0, 2.0]
+    """
+    squared = gram(tall, torch.float64)
+    squares, vectors = torch.linalg.eigh(squared)
+    return RightSpectrum(squares.clamp_min(0).sqrt().flip(-1), vectors.flip(-1), squared)
+
+
+def isometry(tall: Tensor, spectrum: RightSpectrum) -> Tensor:
+    """The polar factor `A V S^-1 V^T` of a tall matrix, in its dtype; directions that are not resolved are left out.
+
+    Cost: `2 m n^2 + 2 n^3` flops in float64.
+    """
+    rank = spectrum.rank
+    kept = spectrum.vectors[:, :rank]
+    root = (kept / spectrum.values[:rank]) @ kept.mT  # the inverse of H
+    factor = torch.empty_like(tall, memory_format=torch.contiguous_format)
+    for rows in _row_blocks(tall):
+        factor[rows] = (tall[rows].double() @ root).to(tall.dtype)
+    return factor
+
+
+def _row_blocks(tall: Tensor) -> list[slice]:
+    step = max(1, ROW_ENTRIES // tall.shape[1])
+    return [slice(start, start + step) for start in range(0, tall.shape[0], step)]
+
+
+def _prefers_products(tall: Tensor) -> bool:
+    return tall.device.type != "cpu" and tall.shape[1] >= ITERATED_SIDE
+
+
+def _is_iterated(found: Polar) -> bool:
+    """Whether the iteration found the factor as exactly as float64 would have, for all that float32 can tell."""
+    polished = 2 * POLISHED * torch.finfo(found.factor.dtype).eps
+    return found.sigma_min > ITERATED * found.sigma_max and found.error < polished
+
+
+def _polar_express(tall: Tensor) -> Polar:
+    """The factor by matrix products, in the weight's own precision.
+
+    In bfloat16 it would be the factor of a matrix that lies 1e-2 away, which no polish undoes.
+    """
+    squared = tall.mT @ tall
+    bound = float(torch.linalg.matrix_norm(squared).sqrt())  # at least the largest singular value
+    factor = tall / (bound * EASED) if bound else torch.zeros_like(tall)
+    for a, b, c in POLYNOMIALS:
+        factor = _quintic(factor, a / EASED, b / EASED**3, c / EASED**5)
+    for _ in range(MOST_POLISHES):
+        factor = _quintic(factor, *POLISH)
+        error = _defect(factor)
+        if error < POLISHED * torch.finfo(factor.dtype).eps:
+            break
+    largest, smallest = _extremes(factor.mT @ tall)
+    rank = round(float(frobenius_norm(factor).square()))
+    return Polar(factor, smallest, largest, error, "polar-express", rank)
+
+
+def _quintic(x: Tensor, a: float, b: float, c: float) -> Tensor:
+    squared = x.mT @ x
+    return a * x + x @ (b * squared + c * squared @ squared)
+
+
+def _extremes(stretch: Tensor) -> tuple[float, float]:
+    """The largest and smallest eigenvalue of `H`, by power iteration with H and with its Cholesky factor's inverse."""
+    stretch = (stretch + stretch.mT).double() / 2
+    block = _probes(stretch)
+    for _ in range(POWERS):
+        block = torch.linalg.qr(stretch @ block).Q
+    largest = float(torch.linalg.matrix_norm(stretch @ block, ord=2))
+    triangle, failed = torch.linalg.cholesky_ex(stretch)
+    if bool(failed):
+        return largest, 0.0
+    block = _probes(stretch)
+    for _ in range(POWERS):
+        block = torch.linalg.qr(torch.cholesky_solve(block, triangle)).Q
+    return largest, 1 / float(torch.linalg.matrix_norm(torch.cholesky_solve(block, triangle), ord=2))
+
+
+def _defect(factor: Tensor) -> float:
+    """`||(G^2 - G) X||_F / ||X||_F` with `G = P^T P`, which is a projection where P is an isometry, and random X."""
+    probes = _probes(factor)
+    once = factor.mT @ (factor @ probes)
+    twice = factor.mT @ (factor @ once)
+    return float(frobenius_norm(twice - once) / frobenius_norm(probes))
+
+
+def _probes(matrix: Tensor) -> Tensor:
+    """A few columns of signs, the same for every matrix of this width."""
+    width = matrix.shape[1]
+    signs = torch.randint(0, 2, (width, min(PROBES, width)), generator=torch.Generator().manual_seed(0))
+    return (2 * signs - 1).to(matrix)
+
+
+def _like(found: Polar, matrix: Tensor) -> Polar:
+    """The factor turned as the matrix is."""
+    if found.factor.shape == matrix.shape:
+        return found
+    return Polar(found.factor.mT, found.sigma_min, found.sigma_max, found.error, found.method, found.rank)
