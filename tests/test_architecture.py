@@ -130,7 +130,7 @@ VERBS = [
     [], ["inspect"], ["add-hra"], ["factorize"], ["merge"], ["convert"], ["train"], ["evaluate"], ["doctor"], ["demo"],
     ["bench"], ["bench", "surgery"], ["bench", "gor"], ["bench", "hra"],
     ["bench", "frobenius"], ["bench", "factorize"],
-    ["analyze"], ["analyze", "runs"], ["analyze", "spectrum"],
+    ["analyze"], ["analyze", "runs"], ["analyze", "spectrum"], ["analyze", "orthogonality"],
     ["recipe"], ["recipe", "list"], ["recipe", "show"], ["recipe", "check"], ["recipe", "schema"], ["recipe", "copy"],
 ]  # fmt: skip
 

@@ -10,13 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ortho_cli.checkpoints import targets
 from ortho_cli.checkpoints.checkpoint import Checkpoint
-from ortho_cli.checkpoints.factored import FactoredLayer, factored_layers, read_factors
-from ortho_cli.checkpoints.layer_pool import LayerPool
-from ortho_cli.checkpoints.matrices import has_conv1d, layer_view, read_matrix
-from ortho_cli.checkpoints.tensors import FLOAT_DTYPES, TensorInfo
-from ortho_cli.errors import NumericsError, TargetError
 from ortho_cli.linalg.effective_rank import condition, effective_rank, stable_rank
 from ortho_cli.linalg.matricize import Matricization
 from ortho_cli.linalg.product import rebalance
@@ -27,11 +21,11 @@ from .figure import Figure
 from .layer_map import layer_map
 from .report import Fact, Report
 from .spectrum_figures import energy_map, spectrum_curves
-from .table import Table
+from .stored_layers import StoredLayer, measure_each, stored_layers
+from .table import Table, record_table
 
-__all__ = ["MARK", "LayerSpectrum", "layer_table", "measure", "spectra", "spectrum_data", "spectrum_report"]
+__all__ = ["LayerSpectrum", "measure", "spectra", "spectrum_report"]
 
-MARK = "layers.csv"
 ENERGIES = (0.90, 0.95, 0.99)
 
 
@@ -82,39 +76,21 @@ def spectra(
 
     Cost: of a layer `2 m n k + k^3` with `k = min(m, n)`, in float64.
     """
-    factored = factored_layers(checkpoint)
-    shapes = {**checkpoint.layers(), **{name: layer.view.shape for name, layer in factored.items()}}
-    selection = targets.select(patterns or ["**"], shapes, checkpoint.layout, exclude)
-    weights = {name: checkpoint.weight(name) for name in selection.layers if name not in factored}
-    chosen = [name for name in selection.layers if name in factored or weights[name].dtype in FLOAT_DTYPES]
-    if not chosen:
-        raise TargetError(f"no layer of {checkpoint.root.name} is stored as floats")
-    conv1d = has_conv1d(checkpoint)
-    views = {name: factored[name].view if name in factored else _view(name, weights[name], conv1d) for name in chosen}
-
-    def compute(name: str) -> Tensor:
-        return _factor_values(factored[name]) if name in factored else _weight_values(name, weights[name], views[name])
-
-    sizes = {
-        name: factored[name].u.nbytes + factored[name].vt.nbytes if name in factored else weights[name].nbytes
-        for name in chosen
-    }
-    start(sum(sizes.values()))
-    found = {}
-    pool = LayerPool(compute, workers=workers)
-    costs = {name: _bytes(view) for name, view in views.items()}
-    for name, values in zip(chosen, pool.map(costs), strict=True):
-        found[name] = values
-        advance(sizes[name])
-    return found
+    layers = stored_layers(checkpoint, patterns, exclude)
+    return measure_each(
+        lambda name: _values(layers[name]),
+        {name: _bytes(layer.view) for name, layer in layers.items()},
+        {name: layer.nbytes for name, layer in layers.items()},
+        workers=workers, start=start, advance=advance,
+    )  # fmt: skip
 
 
 def measure(checkpoint: Checkpoint, values: Mapping[str, Tensor]) -> list[LayerSpectrum]:
     """Summarise the spectra of some layers, in their order."""
-    factored, shapes, conv1d = factored_layers(checkpoint), checkpoint.layers(), has_conv1d(checkpoint)
+    layers = stored_layers(checkpoint)
     found = []
     for name, sigma in values.items():
-        view = factored[name].view if name in factored else layer_view(name, shapes[name], conv1d=conv1d)
+        view = layers[name].view
         rank_90, rank_95, rank_99 = (energy_rank(sigma, energy) for energy in ENERGIES)
         flat = sigma.flatten()
         found.append(
@@ -141,10 +117,10 @@ def spectrum_report(checkpoint: Checkpoint, values: Mapping[str, Tensor], comman
     report = Report("Spectra", checkpoint.root.name, facts, name="spectrum")
     report.section("Singular values", [spectrum_curves(plain), energy_map(plain)])
     report.section("Rank", _maps(layers, shares))
-    report.section("Layers", [layer_table(layers)])
+    report.section("Layers", [record_table("layers", "Layers", layers)])
     rows = [(layer, place, value) for layer, numbers in plain.items() for place, value in enumerate(numbers, 1)]
     report.further = (Table("spectra", "Singular values", ("layer", "component", "value"), tuple(rows)),)
-    report.data = spectrum_data(checkpoint, layers, command)
+    report.data = _data(checkpoint, layers, command)
     return report
 
 
@@ -163,7 +139,7 @@ def _maps(layers: Sequence[LayerSpectrum], shares: Mapping[str, float]) -> Itera
     )  # fmt: skip
 
 
-def spectrum_data(checkpoint: Checkpoint, layers: Sequence[LayerSpectrum], command: str) -> dict[str, Any]:
+def _data(checkpoint: Checkpoint, layers: Sequence[LayerSpectrum], command: str) -> dict[str, Any]:
     """What programs read."""
     return {
         "command": command, "inputs": [checkpoint.root.name], "layers": len(layers),
@@ -176,38 +152,16 @@ def _plain(layer: LayerSpectrum) -> dict[str, Any]:
     return {**asdict(layer), "condition": layer.condition if isfinite(layer.condition) else None}
 
 
-def layer_table(layers: Sequence[LayerSpectrum]) -> Table:
-    """A row a layer."""
-    names = tuple(LayerSpectrum.__dataclass_fields__)
-    rows = tuple(
-        tuple("x".join(map(str, value)) if isinstance(value, tuple) else value for value in asdict(layer).values())
-        for layer in layers
-    )
-    return Table("layers", "Layers", names, rows)
-
-
-def _view(name: str, info: TensorInfo, conv1d: bool) -> Matricization:
-    return layer_view(name, info.shape, conv1d=conv1d)
-
-
 def _bytes(view: Matricization) -> int:
     """Stored and in float32, and three small matrices in float64."""
     return 8 * view.parameters + 24 * min(view.rows, view.cols) ** 2
 
 
-def _weight_values(name: str, info: TensorInfo, view: Matricization) -> Tensor:
-    matrix = read_matrix(info, view)
-    if not bool(matrix.isfinite().all()):
-        raise NumericsError(f"layer {name}: the weight holds values that are not finite", where=str(info.path))
-    return singular_values(matrix)
-
-
-def _factor_values(layer: FactoredLayer) -> Tensor:
-    """The singular values of a product, without forming it; beyond its rank there are zeros."""
-    u, vt = layer.view.unstack(*(part.double() for part in read_factors(layer)))
-    if not bool(u.isfinite().all() and vt.isfinite().all()):
-        raise NumericsError(f"layer {layer.name}: a factor holds values that are not finite", where=str(layer.u.path))
-    values = rebalance(u, vt)[0].square().sum(-2)
+def _values(layer: StoredLayer) -> Tensor:
+    """All singular values; those of a product without forming it: beyond its rank there are zeros."""
+    if layer.factored is None:
+        return singular_values(layer.matrix())
+    values = rebalance(*layer.factors())[0].square().sum(-2)
     missing = min(layer.view.rows, layer.view.cols) - values.shape[-1]
     zeros = values.new_zeros(*values.shape[:-1], max(missing, 0))
     return torch.cat([values, zeros], -1)

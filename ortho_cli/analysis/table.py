@@ -7,9 +7,10 @@ import html
 import io
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
-__all__ = ["Spread", "Table", "cell_text"]
+__all__ = ["Spread", "Table", "cell_text", "record_table"]
 
 Cell = object
 """What a cell holds: text, a number, a :class:`Spread`, or None for nothing."""
@@ -92,6 +93,18 @@ class Table:
         """Whether a column holds numbers, or nothing."""
         cells = [row[column] for row in self.rows if row[column] is not None]
         return bool(cells) and all(isinstance(cell, (int, float, Spread)) and cell is not True for cell in cells)
+
+
+def record_table(name: str, title: str, records: Sequence[Any], note: str = "") -> Table:
+    """A row a record, a column a field of their dataclass; shapes as `3x4`.
+
+    >>> record_table("t", "", [Spread(1.0, None)]).headers
+    ('mean', 'sd', 'number_format')
+    """
+    headers = tuple(field.name for field in fields(records[0])) if records else ()
+    rows = [[getattr(record, header) for header in headers] for record in records]
+    cells = tuple(tuple("x".join(map(str, x)) if isinstance(x, tuple) else x for x in row) for row in rows)
+    return Table(name, title, headers, cells, note)
 
 
 def cell_text(cell: Cell) -> str:

@@ -19,6 +19,7 @@ from ortho_cli.cli.options import (
     JsonOption,
     QuietOption,
 )
+from ortho_cli.cli.orthogonality import analyze_orthogonality
 from ortho_cli.cli.spectrum import analyze_spectrum
 
 __all__ = ["app"]
@@ -32,6 +33,7 @@ def _analyze() -> None:
 
 
 app.command("spectrum")(analyze_spectrum)
+app.command("orthogonality")(analyze_orthogonality)
 
 
 @app.command("runs")

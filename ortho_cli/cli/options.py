@@ -7,11 +7,12 @@ from typing import Annotated
 
 import typer
 
-from ortho_cli.cli.completion import recipes, words
+from ortho_cli.cli.completion import presets, recipes, words
 
 __all__ = [
-    "FORMATS", "DebugOption", "DryRunOption", "ForceOption", "FormatOption", "JsonOption", "OutputOption",
-    "PrivateOption", "PushOption", "QuietOption", "RecipeOption", "SaveRecipeOption", "ShardOption", "VerboseOption",
+    "FORMATS", "DebugOption", "DryRunOption", "ExcludeOption", "FailAboveOption", "FailBelowOption", "ForceOption",
+    "FormatOption", "JsonOption", "LayersOption", "OutputOption", "PrivateOption", "PushOption", "QuietOption",
+    "RecipeOption", "SaveRecipeOption", "ShardOption", "VerboseOption", "WorkersOption",
 ]  # fmt: skip
 
 METHOD, TARGETS, OUTPUT = "Method", "Targets", "Output"
@@ -19,6 +20,27 @@ METHOD, TARGETS, OUTPUT = "Method", "Targets", "Output"
 OutputOption = Annotated[
     Path | None,
     typer.Option("-o", "--output", help="What to write: NAME.safetensors or a folder.", rich_help_panel=OUTPUT),
+]
+LayersOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--targets",
+        metavar="PATTERN|PRESET",
+        autocompletion=presets,
+        help="Globs or a preset; every layer by default.",
+        rich_help_panel=TARGETS,
+    ),
+]
+ExcludeOption = Annotated[
+    list[str] | None,
+    typer.Option("--exclude", metavar="PATTERN", help="Layers to leave out.", rich_help_panel=TARGETS),
+]
+WorkersOption = Annotated[int | None, typer.Option("--workers", metavar="N", help="Layers at a time.")]
+FailAboveOption = Annotated[
+    float | None, typer.Option("--fail-above", metavar="X", help="Exit 5 where a layer's --metric is above.")
+]
+FailBelowOption = Annotated[
+    float | None, typer.Option("--fail-below", metavar="X", help="Exit 5 where a layer's --metric is below.")
 ]
 FORMATS = "html,png,csv"
 FormatOption = Annotated[
