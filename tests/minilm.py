@@ -88,8 +88,10 @@ def embeddings(model: Any, tokenizer: Any, sentences: Sequence[str] = SENTENCES)
     return torch.nn.functional.normalize((states * mask).sum(1) / mask.sum(1), dim=1)
 
 
-def factored(folder: Path, output: Path, share: float, way: str, calibrate: Path | None = None) -> tuple[Any, float]:
-    """The model with a share of the parameters of its linear layers, and the squared error over all of them.
+def factored(
+    folder: Path, output: Path, share: float, way: str, calibrate: Path | None = None
+) -> tuple[Any, float, dict[str, Any]]:
+    """The model with a share of the parameters of its linear layers, the squared error over all, and report's totals.
 
     `way`: "uniform", the same share of the full rank everywhere, or "budget". Never more parameters than the share.
     """
@@ -104,7 +106,7 @@ def factored(folder: Path, output: Path, share: float, way: str, calibrate: Path
         error = sum(float((a - b).square().sum()) for a, b in zip(whole.parameters(), model.parameters(), strict=True))
     kept = sum(layer["parameters"] for layer in report.details)
     assert kept <= share * sum(size.rows * size.cols for size in sizes), (kept, share)
-    return model, error
+    return model, error, report.totals
 
 
 def main() -> None:
@@ -118,13 +120,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as work:
         text = Path(work) / "prose.txt"
         text.write_text("\n".join(prose()), "utf-8")
-        print("| parameters kept | ranks | cosine | squared error | cosine, `--calibrate` |\n|---|---|---|---|---|")
+        print("| parameters kept | ranks | squared error | cosine | cosine, fitted | outputs' error | fitted |")
+        print("|---|---|---|---|---|---|---|")
         for share in SHARES:
             for way in ("uniform", "budget"):
-                model, error = factored(folder, Path(work) / "plain", share, way)
-                fitted, _ = factored(folder, Path(work) / "fitted", share, way, text)
+                model, error, _ = factored(folder, Path(work) / "plain", share, way)
+                fitted, _, totals = factored(folder, Path(work) / "fitted", share, way, text)
                 cosines = [float((embeddings(m, tokenizer) * wanted).sum(1).mean()) for m in (model, fitted)]
-                print(f"| {share} | {way} | {cosines[0]:.3f} | {error:.0f} | {cosines[1]:.3f} |", flush=True)
+                errors = [totals[f"mean_{key}"] for key in ("plain_activation_error", "activation_error")]
+                numbers = " | ".join(f"{number:.3f}" for number in (*cosines, *errors))
+                print(f"| {share} | {way} | {error:.0f} | {numbers} |", flush=True)
 
 
 if __name__ == "__main__":

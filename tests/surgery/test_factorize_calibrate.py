@@ -142,9 +142,9 @@ def test_real_weights(minilm: Path, text: Path, tmp_path: Path) -> None:
     def cosine(model: Any) -> float:
         return float((embeddings(model, tokenizer) * wanted).sum(1).mean())
 
-    uniform, error = factored(minilm, tmp_path / "uniform", 0.7, "uniform")
-    budget, least = factored(minilm, tmp_path / "budget", 0.7, "budget")
-    fitted, _ = factored(minilm, tmp_path / "fitted", 0.7, "uniform", text)
+    uniform, error, _ = factored(minilm, tmp_path / "uniform", 0.7, "uniform")
+    budget, least, _ = factored(minilm, tmp_path / "budget", 0.7, "budget")
+    fitted, _, _ = factored(minilm, tmp_path / "fitted", 0.7, "uniform", text)
     assert len(SENTENCES) == len(wanted) == 24
     assert least < 0.75 * error
     assert cosine(uniform) + 0.05 < min(cosine(budget), cosine(fitted))
