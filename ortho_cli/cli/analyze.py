@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from ortho_cli.cli.adapter import analyze_adapter
 from ortho_cli.cli.options import (
     FORMATS,
     OUTPUT,
@@ -34,6 +35,7 @@ def _analyze() -> None:
 
 app.command("spectrum")(analyze_spectrum)
 app.command("orthogonality")(analyze_orthogonality)
+app.command("adapter")(analyze_adapter)
 
 
 @app.command("runs")
