@@ -40,18 +40,20 @@ _API = {
     "load_adapter": "methods.load",
     "load_factorized": "methods.load_factorized",
     "merge": "surgery.merge",
+    "oialr": "methods.oialr_model",
     "open_checkpoint": "checkpoints.store",
     "orthogonality_penalty": "methods.orthogonality",
     "parse_hub_id": "checkpoints.hub",
     "read_adapter": "checkpoints.adapters",
     "save_adapter": "methods.adapter_folder",
+    "stability": "linalg.subspace",
 }
 
 __all__ = [
     "Adapter", "Checkpoint", "CheckpointError", "NumericsError", "OrthoError", "OutputError", "RecipeError", "Report",
     "TargetError", "TensorReader", "UsageError", "add_adapter", "add_hra", "convert", "diff", "disable_adapter",
     "factorize", "factorize_", "frobenius_decay_", "gor_penalty", "inspect", "load_adapter", "load_factorized", "merge",
-    "open_checkpoint", "orthogonality_penalty", "parse_hub_id", "read_adapter", "save_adapter",
+    "oialr", "open_checkpoint", "orthogonality_penalty", "parse_hub_id", "read_adapter", "save_adapter", "stability",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -60,6 +62,7 @@ if TYPE_CHECKING:
     from .checkpoints.reading import TensorReader
     from .checkpoints.store import Checkpoint, open_checkpoint
     from .errors import CheckpointError, NumericsError, OrthoError, OutputError, RecipeError, TargetError, UsageError
+    from .linalg.subspace import stability
     from .methods.adapter_folder import save_adapter
     from .methods.adapter_layer import disable_adapter
     from .methods.add import add_adapter
@@ -68,6 +71,7 @@ if TYPE_CHECKING:
     from .methods.gor import gor_penalty
     from .methods.load import load_adapter
     from .methods.load_factorized import load_factorized
+    from .methods.oialr_model import oialr
     from .methods.orthogonality import orthogonality_penalty
     from .surgery.add_hra import add_hra
     from .surgery.convert import convert

@@ -56,6 +56,8 @@ TABLES: dict[str, dict[str, str]] = {
         "frobenius_decay": "ortho_cli.methods.frobenius_decay:FrobeniusDecayMethod",
         "normalize": "ortho_cli.methods.normalize:NormalizeMethod",
         "distill": "ortho_cli.methods.distill:DistillMethod",
+        "oialr": "ortho_cli.methods.oialr:OIALRMethod",
+        "track_stability": "ortho_cli.methods.track_stability:TrackStabilityMethod",
     },
 }
 

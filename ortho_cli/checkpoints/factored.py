@@ -67,6 +67,8 @@ def factored_config(layers: Mapping[str, tuple[Matricization, int]], **extra: ob
         table[name] = {"kind": view.kind, "shape": list(view.shape), "rank": rank}
         if view.groups > 1:
             table[name]["groups"] = view.groups
+        if view.row_axes is not None:
+            table[name]["row_axes"] = view.row_axes
     return {"name": METHOD, **extra, "layers": table}
 
 
@@ -138,14 +140,16 @@ def _layer(checkpoint: Checkpoint, name: str, entry: object) -> FactoredLayer:
         raise CheckpointError(f"the factors of {printable(name)!r} are listed but not there", where=where)
     values = entry if isinstance(entry, Mapping) else {}
     kind, shape, groups = values.get("kind"), values.get("shape"), values.get("groups", 1)
+    row_axes = values.get("row_axes")
     sane = kind in KINDS and isinstance(shape, list) and type(groups) is int and 0 < groups <= MAX_GROUPS
+    sane = sane and (row_axes is None or type(row_axes) is int)
     if not sane or not all(type(size) is int and size > 0 for size in shape or ()):
         raise CheckpointError(
             f"the table says {printable(json.dumps(entry)[:80])} of {printable(name)!r}: expected its kind and shape",
             where=where,
         )
     try:
-        view = Matricization(str(kind), tuple(shape or ()), groups)
+        view = Matricization(str(kind), tuple(shape or ()), groups, row_axes)
     except OrthoError as error:
         raise CheckpointError(f"layer {printable(name)!r}: {error.message}", where=where) from error
     rank = u.shape[1] if len(u.shape) == 2 else 0

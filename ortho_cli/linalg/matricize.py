@@ -4,6 +4,7 @@ A convolution with kernel `W[o, i, p, q]` becomes :math:`A[(o, p), (i, q)]`: row
 (input, horizontal tap). A factorisation `A = U VT` then is two convolutions: `VT` along the columns' taps first, `U`
 along the rows' taps second. In one dimension all taps stand in the columns; in three the first (time) in the rows, so
 that the pair is the well-known spatial, then temporal convolution. Groups are a batch of matrices of their own.
+With no tap in the rows (`row_axes=0`, what OIALR decomposes) the pair is a thin convolution and a pointwise one.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ class Matricization:
             `(out, in / groups, *kernel)`, "transposed" `(in, out / groups, *kernel)`.
         shape: of the weight.
         groups: of a convolution.
+        row_axes: how many of a kernel's axes stand in the rows; None: half of them, rounded down.
 
     Raises:
         TargetError: a kind and a shape that do not fit together.
@@ -42,11 +44,14 @@ class Matricization:
     >>> conv = Matricization("conv", (32, 8, 3, 3), groups=2)
     >>> conv.batch, conv.rows, conv.cols
     (2, 48, 24)
+    >>> Matricization("conv", (32, 8, 3, 3), row_axes=0).matrix_shape
+    (32, 72)
     """
 
     kind: str
     shape: tuple[int, ...]
     groups: int = 1
+    row_axes: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "shape", tuple(self.shape))
@@ -58,6 +63,8 @@ class Matricization:
             raise TargetError(f"a {self.kind} weight has {wanted}, found shape {self.shape}")
         if self.groups < 1 or self.shape[0] % self.groups or (self.groups > 1 and not spatial):
             raise TargetError(f"a {self.kind} weight of shape {self.shape} does not go into {self.groups} groups")
+        if self.row_axes is not None and not 0 <= self.row_axes <= len(self.kernel):
+            raise TargetError(f"a {self.kind} weight of shape {self.shape} has no {self.row_axes} axes for its rows")
 
     @property
     def batch(self) -> int:
@@ -202,11 +209,15 @@ class Matricization:
 
     @property
     def _row_taps(self) -> tuple[int, ...]:
-        return self.kernel[: len(self.kernel) // 2]
+        return self.kernel[: self._cut]
 
     @property
     def _col_taps(self) -> tuple[int, ...]:
-        return self.kernel[len(self.kernel) // 2 :]
+        return self.kernel[self._cut :]
+
+    @property
+    def _cut(self) -> int:
+        return len(self.kernel) // 2 if self.row_axes is None else self.row_axes
 
     @property
     def _outputs(self) -> int:

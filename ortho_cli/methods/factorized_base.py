@@ -21,8 +21,12 @@ CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
-def matricization(layer: nn.Module) -> Matricization:
+def matricization(layer: nn.Module, row_axes: int | None = None) -> Matricization:
     """How a layer's weight is a matrix.
+
+    Args:
+        layer: any module.
+        row_axes: of a convolution's kernel, as `Matricization` takes them.
 
     Raises:
         TargetError: it has none, or does more with its input than a product; with the reason.
@@ -38,7 +42,7 @@ def matricization(layer: nn.Module) -> Matricization:
     for bases, name in (((nn.Linear,), "linear"), (CONVOLUTIONS, "conv"), (TRANSPOSED, "transposed")):
         base = next((base for base in bases if isinstance(layer, base)), None)
         if base is not None and type(layer).forward is base.forward:
-            return Matricization(name, shape, getattr(layer, "groups", 1))
+            return Matricization(name, shape, getattr(layer, "groups", 1), row_axes if name != "linear" else None)
     if isinstance(layer, nn.Embedding):
         if layer.max_norm is not None or layer.scale_grad_by_freq or layer.sparse:
             raise TargetError(f"a {kind} with max_norm, scale_grad_by_freq or sparse, which its factors cannot have")
@@ -63,11 +67,11 @@ class FactorizedLayer(FactoredModule):
     VT: nn.Parameter
     M: nn.Parameter | None
 
-    def __init__(self, base: nn.Module, rank: int, *, square: bool = False) -> None:
+    def __init__(self, base: nn.Module, rank: int, *, square: bool = False, row_axes: int | None = None) -> None:
         super().__init__(base)
         if rank < 1:
             raise ValueError(f"a rank is at least 1, found {rank}")
-        self.form = matricization(base)
+        self.form = matricization(base, row_axes)
         self.rank = rank
         weight, groups = base._parameters["weight"], self.form.groups
         assert weight is not None

@@ -34,8 +34,8 @@ class FactorizedConv(FactorizedLayer):
     torch.Size([1, 6, 4, 4])
     """
 
-    def __init__(self, base: nn.Module, rank: int, *, square: bool = False) -> None:
-        super().__init__(base, rank, square=square)
+    def __init__(self, base: nn.Module, rank: int, *, square: bool = False, row_axes: int | None = None) -> None:
+        super().__init__(base, rank, square=square, row_axes=row_axes)
         conv: Any = base
         self.transposed = self.form.kind == "transposed"
         self._convolve = CONVOLVE[self.transposed, len(self.form.kernel)]

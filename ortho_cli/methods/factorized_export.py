@@ -18,6 +18,7 @@ from .adapter_folder import tensor_piece
 from .adapter_layer import whole
 from .factored_module import FactoredModule
 from .factorized_base import FactorizedLayer
+from .projected_attention import closed_names
 
 __all__ = ["DENSE", "FACTORS", "dense_state", "factored_state", "write_exports"]
 
@@ -97,4 +98,4 @@ def _state(model: nn.Module, weights: Callable[[FactoredModule], dict[str, Tenso
         if name not in done:
             done.add(name)
             state |= {f"{name}.{part}": whole(made).detach() for part, made in weights(layer).items()}
-    return state
+    return closed_names(model, state)

@@ -15,13 +15,16 @@ from .factorized_conv import FactorizedConv
 __all__ = ["FactorizedConv", "FactorizedEmbedding", "FactorizedLayer", "FactorizedLinear", "factorized_layer"]
 
 
-def factorized_layer(base: nn.Module, rank: int, *, square: bool = False) -> FactorizedLayer:
+def factorized_layer(
+    base: nn.Module, rank: int, *, square: bool = False, row_axes: int | None = None
+) -> FactorizedLayer:
     """Make the factored form of a layer, with its bias; the factors are zeros, to be filled or loaded.
 
     Args:
         base: Linear, transformers' Conv1D, Embedding, or a convolution (1-d to 3-d, grouped, transposed).
         rank: components (of each group).
         square: with a third factor `M` between the two, which starts as the identity.
+        row_axes: of a convolution's kernel, as `Matricization` takes them.
 
     Raises:
         TargetError: a layer that has no factored form; with the reason.
@@ -32,7 +35,7 @@ def factorized_layer(base: nn.Module, rank: int, *, square: bool = False) -> Fac
     """
     form = matricization(base)
     kinds = {"conv": FactorizedConv, "transposed": FactorizedConv, "embedding": FactorizedEmbedding}
-    return kinds.get(form.kind, FactorizedLinear)(base, rank, square=square)
+    return kinds.get(form.kind, FactorizedLinear)(base, rank, square=square, row_axes=row_axes)
 
 
 class FactorizedLinear(FactorizedLayer):

@@ -19,6 +19,7 @@ from ortho_cli.linalg.matricize import Matricization
 
 from .factorized_layers import FactorizedLayer, factorized_layer
 from .inject import named_layers, replace_modules
+from .projected_attention import PROJECTIONS, open_attention
 
 __all__ = ["load_factorized"]
 
@@ -60,6 +61,7 @@ def load_factorized(model: nn.Module, path: str | Path) -> nn.Module:
             hint="make some: ortho factorize CKPT -o OUT --rank-scale 0.25",
             where=str(checkpoint.root),
         )
+    _open_factored_attention(model, factored)
     places = _module_names(model, checkpoint)
     made: dict[str, FactorizedLayer] = {}
     for name, layer in factored.items():
@@ -72,6 +74,16 @@ def load_factorized(model: nn.Module, path: str | Path) -> nn.Module:
     replace_modules(model, {id(model.get_submodule(name)): layer for name, layer in made.items()})
     _load_rest(model, checkpoint, factored, places, made)
     return model
+
+
+def _open_factored_attention(model: nn.Module, factored: Iterable[str]) -> None:
+    """Give attention of torch layers for its projections where the checkpoint has factors of them."""
+    inside = [name.rpartition(".") for name in factored]
+    owners = [owner for owner, _, last in inside if last in PROJECTIONS]
+    if owners:  # the checkpoint's names may have a wrapper's in front, or lack the model's
+        names = {name for name, module in model.named_modules() if isinstance(module, nn.MultiheadAttention)}
+        pairs = [(name, f".{name}", f".{owner}") for name in names for owner in owners]
+        open_attention(model, {name for name, own, theirs in pairs if own.endswith(theirs) or theirs.endswith(own)})
 
 
 def _module_names(model: nn.Module, checkpoint: Checkpoint) -> dict[str, str]:
@@ -95,7 +107,10 @@ def _layer(model: nn.Module, name: str, stored: FactoredLayer) -> FactorizedLaye
     """
     base = model.get_submodule(name)
     try:
-        made = factorized_layer(base, stored.rank) if not isinstance(base, FactorizedLayer) else base
+        made = (
+            base if isinstance(base, FactorizedLayer)
+            else factorized_layer(base, stored.rank, row_axes=stored.view.row_axes)
+        )  # fmt: skip
     except TargetError as error:
         raise TargetError(f"layer {name}: {error.message}", hint=error.hint) from error
     u, vt = _as_form(stored, made.form, read_factors(stored), name)

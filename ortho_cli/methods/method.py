@@ -54,6 +54,10 @@ class Method:
     def export(self, model: nn.Module, path: Path) -> None:
         """Write what the run leaves behind."""
 
+    def closing_notes(self) -> list[str]:
+        """What the end of a run should say."""
+        return []
+
     def state(self) -> dict[str, Any]:
         """What a resumed run needs: JSON scalars, and tensors under "tensors"."""
         return {}

@@ -11,12 +11,15 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
+from ortho_cli.recipe.method_section import AutoTargets, Exclude, MethodSection, OwnRate
+from ortho_cli.recipe.methods_oialr import OIALR, TrackStability
 from ortho_cli.recipe.models import Model
-from ortho_cli.recipe.section import Count, NotNegative, Patterns, Positive, Rejection, Section, Share, Text
+from ortho_cli.recipe.section import Count, NotNegative, Patterns, Positive, Rejection, Share, Text
 
 __all__ = [
     "GOR",
     "HRA",
+    "OIALR",
     "PEFT",
     "Distill",
     "Factorized",
@@ -25,24 +28,8 @@ __all__ = [
     "Method",
     "MethodSection",
     "Normalize",
+    "TrackStability",
 ]
-
-AutoTargets = Annotated[
-    Literal["auto"] | Annotated[Patterns, Field(min_length=1)],
-    Field(description="Patterns of layer names or a preset's name; auto: by the architecture."),
-]
-Exclude = Annotated[Patterns, Field(description="Patterns of layers to leave alone.")]
-OwnRate = Annotated[
-    Positive | None, Field(description="A learning rate of its own at the peak; null: the optimizer's.")
-]
-
-
-class MethodSection(Section):
-    """What every method has."""
-
-    name: str
-    once: ClassVar[bool] = True
-    """Whether a recipe may hold only one of its name."""
 
 
 class _Adapter(MethodSection):
@@ -250,5 +237,6 @@ class Distill(MethodSection):
 
 
 Method = Annotated[
-    HRA | LoRA | GOR | PEFT | Factorized | FrobeniusDecay | Normalize | Distill, Field(discriminator="name")
+    HRA | LoRA | GOR | PEFT | Factorized | FrobeniusDecay | Normalize | Distill | OIALR | TrackStability,
+    Field(discriminator="name"),
 ]

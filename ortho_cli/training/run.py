@@ -104,6 +104,8 @@ def train(
             hint=f"go on with: ortho train {shlex.quote(str(folder / 'recipe.yaml'))} --resume",
         )
     exports = _export(session, folder)
+    for name, method in session.named_methods.items():
+        session.notes += [f"{name}: {note}" for note in method.closing_notes()]
     if debug == "overfit":
         session.notes.append(overfit_verdict(folder))
     counters, parameters = keeper.counters, list(session.model.parameters())

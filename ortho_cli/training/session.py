@@ -26,7 +26,7 @@ from ortho_cli.tasks.task import Task
 
 from .base import load_base, open_base
 from .ema import Average
-from .optimizers import build_optimizer, keep_moments, parameter_groups
+from .optimizers import build_optimizer, keep_moments, parameter_groups, set_learning_rate
 from .processes import open_accelerator
 from .recompute import recompute_activations
 from .schedule import Schedule, build_schedule
@@ -186,4 +186,7 @@ def prepare_training(session: Session) -> None:
         prepared = [wrapper.optimizer for wrapper in prepared]
     session.optimizers = dict(zip(session.task.phases, prepared, strict=True))
     for phase, old in before.items():
-        keep_moments(old, session.optimizers[phase])
+        new = session.optimizers[phase]
+        keep_moments(old, new)
+        first = old.param_groups[0]
+        set_learning_rate(new, first["lr"] / first["base_lr"])  # where the schedule stands, to log and to save

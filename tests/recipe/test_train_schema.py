@@ -53,6 +53,12 @@ METHODS: dict[str, dict[str, Any]] = {
         "square": False, "form": "factors", "plain_start": None, "compat": None,
     },
     "normalize": {"mode": "record", "source": None},
+    "oialr": {
+        "targets": "auto", "when": "stable", "every": 200, "threshold": 0.95, "patience": 2, "start_after": 0,
+        "delay": 1000, "cut": "relative", "beta": 0.1, "keep_first": False, "keep_last": True, "order": "back",
+        "share": 0.1, "moments": "rotate",
+    },
+    "track_stability": {"every": 200, "lag": 1, "targets": "auto"},
     "distill": {
         "teacher": "there", "model": None, "temperature": 4.0, "alpha": 0.9, "attention": [], "beta": 1000.0,
     },

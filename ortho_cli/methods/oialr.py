@@ -1,0 +1,130 @@
+"""The recipe's `oialr`: freeze bases that have settled, train small cores, leave factors and a dense network behind."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from .basis_layers import BasisLayer, step_cost
+from .factorized_export import write_exports
+from .method import Context, Method
+from .oialr_layer import SettlingLayer
+from .oialr_model import OIALR
+from .oialr_select import basis_candidates
+from .projected_attention import open_attention
+
+if TYPE_CHECKING:
+    from ortho_cli.recipe.methods import OIALR as OIALRSection
+
+__all__ = ["OIALRMethod", "flops_share"]
+
+
+class OIALRMethod(Method):
+    """The recipe's `oialr`."""
+
+    name = "oialr"
+
+    def __init__(self, config: OIALRSection) -> None:
+        super().__init__(config)
+        self.notes: list[str] = []
+        self._run: OIALR | None = None
+
+    @property
+    def run(self) -> OIALR:
+        """What `prepare` made."""
+        assert self._run is not None, "prepare comes first"
+        return self._run
+
+    def chosen(self, model: nn.Module) -> dict[str, list[str]]:
+        """The layers that each pattern of the recipe means, for a dry run."""
+        open_attention(model)
+        config = self.config
+        patterns = [config.targets] if isinstance(config.targets, str) else config.targets
+        ends = {"keep_first": config.keep_first, "keep_last": config.keep_last}
+        return {pattern: [each.name for each in basis_candidates(model, [pattern], **ends)] for pattern in patterns}
+
+    def prepare(self, model: nn.Module, context: Context) -> None:
+        """Choose the layers; with `delay: 0` they convert at once.
+
+        Raises:
+            TargetError: none, or one that cannot be converted.
+        """
+        settings = self.config.model_dump(exclude={"name"})
+        self._run = OIALR(model, **settings)
+        self.notes.append(f"{len(self.run.layers)} layers may convert")
+        if self.run.opened:
+            self.notes.append(f"{len(self.run.opened)} attention modules of torch compute from layers of their own")
+        last = context.total_steps
+        if context.build is not None and not any(map(self.run.is_due, range(1, last + 1))):
+            self.notes.append(f"no check falls into the {last} steps of this run: nothing will be cut")
+
+    def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, phase: str) -> bool:
+        """Check the layers that this phase's optimizer trains, if it is time."""
+        return self.run.check(optimizer, step + 1)
+
+    def export(self, model: nn.Module, path: Path) -> None:
+        """Write the dense network, which loads in the plain model, and the factors (`ortho.load_factorized`)."""
+        write_exports(model, path)
+
+    def closing_notes(self) -> list[str]:
+        """What came of it; a warning where nothing converted, with the highest stability seen."""
+        converted = self.run.converted
+        if converted:
+            ranks = [layer.rank for layer in converted.values()]
+            return [f"{len(ranks)} of {len(self.run.layers)} layers converted, of rank {min(ranks)} to {max(ranks)}"]
+        highest = self.run.highest
+        seen = "no stability was measured"
+        if highest is not None:
+            seen = f"the highest stability was {highest[0]:.4f}, of {highest[1]}"
+        return [f"warning: nothing converted: {seen}; the threshold is {self.config.threshold:g}"]
+
+    def state(self) -> dict[str, Any]:
+        """Ranks, what was measured, and the bases to measure against."""
+        return self.run.state()
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Put it back, and the shapes that the model had.
+
+        Raises:
+            CheckpointError: other layers.
+        """
+        self.run.load_state(state)
+
+    def scalars(self) -> dict[str, float]:
+        """Trained share of the parameters, layers converted, mean rank, FLOPs share, stability's mean and minimum."""
+        run = self.run
+        trained = sum(each.numel() for each in run.model.parameters() if each.requires_grad)
+        found = {
+            "trained_share": trained / run.trained_before,
+            "layers_converted": float(len(run.converted)),
+            "flops_share": flops_share(run.layers),
+        }
+        if run.converted:
+            found["mean_rank"] = fmean(layer.rank for layer in run.converted.values())
+        measured = [each.stability for each in run.layers if each.stability is not None and not each.converted]
+        if measured:
+            found |= {"stability_mean": fmean(measured), "stability_min": min(measured)}
+        return found
+
+
+def flops_share(layers: Sequence[SettlingLayer]) -> float:
+    """Multiply-adds of a training step over those of the dense layers, a vector each, the forming of weights left out.
+
+    Exact where all layers see as many vectors, as in a transformer.
+    """
+    now = whole = 0
+    for layer in layers:
+        form = layer.form
+        dense = 3 * form.groups * form.rows * form.cols
+        whole += dense
+        if isinstance(layer.module, BasisLayer):
+            parts = form.groups * step_cost(form.rows, form.cols, layer.module.rank, 1, training=True)[0]
+            now += min(parts, dense)
+        else:
+            now += dense
+    return now / whole

@@ -1,0 +1,192 @@
+"""One layer under OIALR: its basis is measured until it has settled, then frozen; its core is cut."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ortho_cli.errors import NumericsError, UsageError
+from ortho_cli.linalg.polar import polar_factor
+from ortho_cli.linalg.subspace import factor_stability, flatten
+
+from .basis_layers import BasisLayer, basis_layer, decompose
+from .factorized_select import Candidate
+from .inject import replace_modules
+from .oialr_moments import carry_moments, project
+from .oialr_ranks import Spectrum
+
+__all__ = ["SettlingLayer", "from_first"]
+
+
+def from_first(*tensors: Tensor) -> None:
+    """Give every process the first one's values, so that no rounding of a decomposition can part them.
+
+    Costs nothing where there is one process.
+    """
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+        for tensor in tensors:
+            dist.broadcast(tensor, 0)
+
+
+class Decomposed(NamedTuple):
+    """A core by its singular values and vectors, `left (r, r)` and `right (r, r)`; None where it is diagonal."""
+
+    spectrum: Spectrum
+    left: Tensor | None = None
+    right: Tensor | None = None
+
+
+class SettlingLayer:
+    """A layer of a model, as it is now: dense, or with a frozen basis and a core.
+
+    Args:
+        chosen: the dense layer and how its weight is a matrix.
+
+    Attributes:
+        module: what stands in the model.
+        stability: of the last check; None before the second.
+        highest: the highest seen.
+        streak: checks in a row with at least the threshold.
+        lost: energy that cuts have taken away.
+    """
+
+    def __init__(self, chosen: Candidate) -> None:
+        self.name, self.form, self.module = chosen.name, chosen.form, chosen.module
+        self.stability: float | None = None
+        self.highest = float("-inf")
+        self.streak = 0
+        self.lost = 0.0
+        self._basis: Tensor | None = None  # the polar factor at the last check
+
+    @property
+    def converted(self) -> bool:
+        """Whether the basis is frozen."""
+        return isinstance(self.module, BasisLayer)
+
+    @property
+    def rank(self) -> int | None:
+        """Of the core; None while there is none."""
+        return self.module.rank if isinstance(self.module, BasisLayer) else None
+
+    @property
+    def trained(self) -> nn.Parameter:
+        """What trains: the weight, or the core."""
+        found = self.module.M if isinstance(self.module, BasisLayer) else self.module._parameters["weight"]
+        assert found is not None
+        if hasattr(found, "full_tensor"):
+            raise UsageError(
+                "oialr changes the shapes of weights, which sharded ones (FSDP) cannot take",
+                hint="use DDP: what its frozen bases save is most of what sharding would",
+            )
+        return found
+
+    @torch.no_grad()
+    def measure(self) -> Tensor:
+        """The stability since the last check, a float64 scalar; NaN at the first. The basis now is kept.
+
+        Raises:
+            NumericsError: a value that is not finite.
+        """
+        weight = flatten(self.trained.detach())
+        if not bool(torch.isfinite(weight).all()):
+            raise NumericsError(f"layer {self.name} has values that are not finite")
+        now = polar_factor(weight).factor
+        before, self._basis = self._basis, now
+        value = float("nan") if before is None else factor_stability(before, now)
+        return torch.tensor(value, dtype=torch.float64, device=now.device)
+
+    def note(self, stability: float, threshold: float) -> None:
+        """Take a measured stability in."""
+        if stability != stability:
+            return
+        self.stability, self.highest = stability, max(self.highest, stability)
+        self.streak = self.streak + 1 if stability >= threshold else 0
+
+    @torch.no_grad()
+    def convert(self, model: nn.Module, optimizer: torch.optim.Optimizer | None, moments: str) -> Tensor | None:
+        """Freeze the basis and train the core, at full rank: the model computes the same.
+
+        Args:
+            model: wherever the layer stands in it, its new form does.
+            optimizer: holds the weight, and the core afterwards; None: is not made yet.
+            moments: as `carry_moments`.
+
+        Returns:
+            The singular values, the diagonal of the core; None on the meta device.
+        """
+        old, layer = self.trained, basis_layer(self.module)
+        if old.is_meta:
+            self._replace(model, layer)
+            return None
+        u, values, vt = decompose(self.form.to_matrix(old), f"layer {self.name}")
+        from_first(u, values, vt)
+        layer.set_parts(u, values, vt)
+        self._replace(model, layer)
+        if optimizer is not None:
+
+            def image(moment: Tensor, squared: bool) -> Tensor:
+                return project(u, self.form.to_matrix(moment), vt, squared=squared)
+
+            carry_moments(optimizer, old, layer.M, image, moments)
+        return values
+
+    def _replace(self, model: nn.Module, layer: BasisLayer) -> None:
+        replace_modules(model, {id(self.module): layer})
+        self.module, self._basis = layer, None
+
+    def decomposed(self, diagonal: Tensor | None = None) -> Decomposed:
+        """The core by its singular values; without a decomposition where it is known to be `diagonal`."""
+        assert isinstance(self.module, BasisLayer)
+        if diagonal is not None:
+            return Decomposed(Spectrum(diagonal, self.form.rows, self.form.cols, self.lost))
+        left, values, right = decompose(self.module.cores(), f"layer {self.name}")
+        from_first(left, values, right)
+        return Decomposed(Spectrum(values, self.form.rows, self.form.cols, self.lost), left, right)
+
+    @torch.no_grad()
+    def cut(self, core: Decomposed, rank: int, optimizer: torch.optim.Optimizer, moments: str) -> None:
+        """Turn the basis into the core's own, and keep its leading part.
+
+        Args:
+            core: as it is.
+            rank: to keep.
+            optimizer: that holds the core.
+            moments: as `carry_moments`.
+        """
+        layer, values, left, right = self.module, core.spectrum.values, core.left, core.right
+        assert isinstance(layer, BasisLayer)
+        if left is None or right is None:
+            left = right = torch.eye(values.shape[-1], dtype=values.dtype, device=values.device)
+        left, right = left[..., :rank], right[..., :rank, :]
+        old, shape = layer.M, layer.cores().shape
+        u, vt = (part.to(values.dtype) for part in layer.form.unstack(layer.U, layer.VT))
+        layer.set_parts(u @ left, values[..., :rank], right @ vt)
+        self.lost += float(values[..., rank:].double().square().sum())
+
+        def image(moment: Tensor, squared: bool) -> Tensor:
+            return project(left, moment.reshape(shape), right, squared=squared)
+
+        carry_moments(optimizer, old, layer.M, image, moments)
+
+    def state(self) -> dict[str, Any]:
+        """What a resumed run needs, for JSON; and `basis`, a tensor or None."""
+        highest = None if self.highest == float("-inf") else self.highest
+        return {
+            "rank": self.rank, "streak": self.streak, "stability": self.stability, "highest": highest,
+            "lost": self.lost, "basis": self._basis,
+        }  # fmt: skip
+
+    def load_state(self, state: dict[str, Any], model: nn.Module) -> None:
+        """Put it back, and the shapes of what stands in the model; the weights come later."""
+        if state["rank"] is not None:
+            if not isinstance(self.module, BasisLayer):
+                self._replace(model, basis_layer(self.module))
+            assert isinstance(self.module, BasisLayer)
+            self.module.set_rank(state["rank"])
+        self.streak, self.stability, self.lost = state["streak"], state["stability"], state["lost"]
+        self.highest = float("-inf") if state["highest"] is None else state["highest"]
+        basis = state["basis"]
+        self._basis = None if basis is None else basis.to(self.trained.device)
