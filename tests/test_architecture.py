@@ -127,10 +127,11 @@ def test_registry_entries_resolve() -> None:
 
 
 VERBS = [
-    [], ["inspect"], ["add-hra"], ["factorize"], ["merge"], ["convert"], ["train"], ["evaluate"], ["doctor"], ["demo"],
+    [], ["inspect"], ["add-hra"], ["factorize"], ["merge"], ["convert"], ["train"], ["sweep"], ["evaluate"],
+    ["doctor"], ["demo"],
     ["bench"], ["bench", "surgery"], ["bench", "gor"], ["bench", "hra"],
-    ["bench", "frobenius"], ["bench", "factorize"],
-    ["analyze"], ["analyze", "runs"], ["analyze", "spectrum"], ["analyze", "orthogonality"],
+    ["bench", "frobenius"], ["bench", "factorize"], ["bench", "oialr"],
+    ["analyze"], ["analyze", "runs"], ["analyze", "spectrum"], ["analyze", "orthogonality"], ["analyze", "adapter"],
     ["recipe"], ["recipe", "list"], ["recipe", "show"], ["recipe", "check"], ["recipe", "schema"], ["recipe", "copy"],
 ]  # fmt: skip
 

@@ -11,7 +11,7 @@ from ortho_cli.checkpoints.checkpoint import Checkpoint
 from ortho_cli.linalg.intruders import Closeness
 
 from .adapter import LayerChange
-from .figure import Figure, Heatmap
+from .figure import Figure
 from .layer_map import layer_map
 from .report import Fact, Report
 from .table import Table, record_table
@@ -38,7 +38,7 @@ def adapter_report(
     layers = [change for change, _ in measured.values()]
     report = Report("Adapter", f"{adapter.path.name} on {base.root.name}", tuple(_facts(layers)), name="adapter")
     report.section("What changes", _maps(layers))
-    report.section("New directions", [*(_directions(measured, side, threshold) for side in SIDES)])
+    report.section("New directions", _directions(layers, threshold))
     report.section("Layers", [record_table("layers", "Layers", layers), *notes])
     rows = [
         (name, side, place, value)
@@ -90,15 +90,12 @@ def _maps(layers: Sequence[LayerChange]) -> Iterator[Figure]:
             yield layer_map(field.replace("_", "-"), title, values, label=label, low=0.0, note=note)
 
 
-def _directions(measured: Measured, side: str, threshold: float) -> Figure:
-    """The best cosine of every leading component of every layer."""
-    listed = {name: getattr(closest, side).tolist() for name, (_, closest) in measured.items()}
-    width = max((len(values) for values in listed.values()), default=0)
-    rows = tuple((*values, *[None] * (width - len(values))) for values in listed.values())
-    return Heatmap(
-        f"closest-{side}", f"Closest old direction, {side} side", tuple(listed),
-        tuple(str(place) for place in range(1, width + 1)), rows, x_label="component of the changed weight",
-        value_label="best |cos|", low=0.0, high=1.0,
-        note=f"Of {SIDES[side]}: 1 is a direction that the weight had; below {threshold:g} counts as an intruder "
-        "(arXiv:2410.21228).",
-    )  # fmt: skip
+def _directions(layers: Sequence[LayerChange], threshold: float) -> Iterator[Figure]:
+    """The newest of the leading directions of every layer, on both sides."""
+    for side, which in SIDES.items():
+        yield layer_map(
+            f"closest-{side}", f"The newest direction, {side} side",
+            {x.name: getattr(x, f"closest_{side}") for x in layers}, label="best |cos|", low=0.0, high=1.0,
+            note=f"Of the leading {which}: 1 where each is one that the weight had; below {threshold:g} there are "
+            "intruders (arXiv:2410.21228).",
+        )  # fmt: skip

@@ -26,6 +26,7 @@ from ortho_cli.cli import (
     inspect,
     merge,
     recipe,
+    sweep,
     train,
 )
 from ortho_cli.errors import OrthoError, UsageError
@@ -128,6 +129,7 @@ app.command("factorize", rich_help_panel=CHECKPOINTS)(factorize.factorize)
 app.command("merge", rich_help_panel=CHECKPOINTS)(merge.merge)
 app.command("convert", rich_help_panel=CHECKPOINTS)(convert.convert)
 app.command("train", rich_help_panel=TRAINING)(train.train)
+app.command("sweep", rich_help_panel=TRAINING)(sweep.sweep)
 app.command("evaluate", rich_help_panel=TRAINING)(evaluate.evaluate)
 app.add_typer(analyze.app, name="analyze", cls=OrthoGroup, rich_help_panel=ANALYSIS)
 app.add_typer(recipe.app, name="recipe", cls=OrthoGroup, rich_help_panel=HELP)

@@ -8,7 +8,7 @@
 | `lowrank.py`, `kronecker.py`, `dora.py` | LoRA and LoCon, LoHa and LoKr, DoRA |
 | `cayley.py`, `rotation.py` | OFT: blocks from stored parameters, block rotations, angles |
 | `group.py` | group orthogonality (GOR): penalties on small sets of filters, with their gradients |
-| `coherence.py`, `intruders.py` | how far vectors are from orthonormal; which leading directions of a changed weight are new |
+| `coherence.py`, `intruders.py` | how far vectors are from orthonormal; new leading directions of a weight |
 | `matricize.py`, `spectral.py`, `subspace_iteration.py` | weights as matrices; their best low-rank factors |
 | `ranks.py`, `budget.py` | which rank a layer gets; the ranks of all layers for one budget |
 | `product.py`, `frobenius.py`, `heads.py` | factored products: measured, balanced, decayed; those of attention |
