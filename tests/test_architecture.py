@@ -130,8 +130,9 @@ VERBS = [
     [], ["inspect"], ["add-hra"], ["factorize"], ["merge"], ["convert"], ["train"], ["sweep"], ["evaluate"],
     ["doctor"], ["demo"],
     ["bench"], ["bench", "surgery"], ["bench", "gor"], ["bench", "hra"],
-    ["bench", "frobenius"], ["bench", "factorize"], ["bench", "oialr"],
-    ["analyze"], ["analyze", "runs"], ["analyze", "spectrum"], ["analyze", "orthogonality"], ["analyze", "adapter"],
+    ["bench", "frobenius"], ["bench", "factorize"], ["bench", "polar"], ["bench", "stability"], ["bench", "oialr"],
+    ["analyze"], ["analyze", "runs"], ["analyze", "spectrum"], ["analyze", "stability"],
+    ["analyze", "orthogonality"], ["analyze", "adapter"],
     ["recipe"], ["recipe", "list"], ["recipe", "show"], ["recipe", "check"], ["recipe", "schema"], ["recipe", "copy"],
 ]  # fmt: skip
 

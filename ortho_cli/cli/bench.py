@@ -7,11 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
+from ortho_cli.cli.bench_bases import bench_polar, bench_stability
 from ortho_cli.cli.completion import presets, words
 from ortho_cli.cli.options import JsonOption
 from ortho_cli.errors import UsageError, check_choice
 
 __all__ = ["app"]
+
+HEAD_WIDTH = 64  # of a vision transformer
 
 app = typer.Typer(help="Measure on your own machine, beside the plain alternative.", no_args_is_help=True)
 
@@ -210,3 +213,51 @@ def bench_factorize(
         (result.name, f"{result.median:.2f}", f"{result.speedup:.1f}", f"{result.excess:+.3%}") for result in results
     ]
     table(console_out(), ["way", "median s", "x faster", "squared error over the least"], rows)
+
+
+@app.command("oialr")
+def bench_oialr(
+    device: Annotated[str, typer.Option("--device", help="Where to train, e.g. cuda.")] = "cpu",
+    dims: Annotated[
+        str, typer.Option("--dims", metavar="N,...", help="Widths of the blocks, multiples of 64.")
+    ] = "768",
+    rank_share: Annotated[
+        float, typer.Option("--rank-share", min=0.001, max=1, help="Rank of every core over the width.")
+    ] = 0.15,
+    depth: Annotated[int, typer.Option("--depth", min=1, help="Blocks.")] = 2,
+    tokens: Annotated[int, typer.Option("--tokens", min=1, help="Tokens of a picture.")] = 197,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="Pictures in the training step.")] = 8,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Each form runs this often, shuffled.")] = 10,
+    threads: Annotated[int, typer.Option("--threads", min=1, help="CPU threads.")] = 2,
+    as_json: JsonOption = False,
+) -> None:
+    """A training step of transformer blocks with frozen bases (OIALR), in time and memory, against the dense step.
+
+    Example: ortho bench oialr --dims 768,1024
+    """
+    widths = _numbers("--dims", dims)
+    odd = [dim for dim in widths if dim % HEAD_WIDTH]
+    if odd:
+        raise UsageError(f"--dims {odd[0]} is no multiple of {HEAD_WIDTH}, the width of a head")
+    from ortho_cli.cli.show import console_out, print_json, table
+    from ortho_cli.training.oialr_benchmark import measure_oialr
+
+    settings: dict[str, Any] = {
+        "rank_share": rank_share, "depth": depth, "tokens": tokens, "batch": batch, "rounds": rounds,
+        "threads": threads, "device": device,
+    }  # fmt: skip
+    found = list(measure_oialr(widths, **settings))
+    if as_json:
+        print_json({"command": "bench oialr", **settings, "details": [each.as_dict() for each in found]})
+        return
+    rows: list[list[object]] = [
+        [each.dim, each.name, "-" if each.rank is None else each.rank, f"{each.median * 1e3:.1f}", f"{each.ratio:.3f}"]
+        + [f"{size / 2**20:.1f}" for size in (each.held_bytes, each.activation_bytes)]
+        for each in found
+    ]
+    headings = ["width", "blocks", "rank", "median ms", "x dense", "gradients and moments MiB", "activations MiB"]
+    table(console_out(), headings, rows)
+
+
+app.command("polar")(bench_polar)
+app.command("stability")(bench_stability)

@@ -114,6 +114,7 @@ class Cosine(_Schedule):
 
     name: Literal["cosine"] = Field(description="The schedule.")
     floor: Annotated[float, Field(ge=0, le=1)] = Field(default=0.0, description="Where it ends, over the peak.")
+    k_decay: Positive = Field(default=1.0, description="Power of the share done, as timm's; below 1 falls earlier.")
 
 
 class Multistep(_Schedule):

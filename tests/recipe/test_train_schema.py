@@ -75,7 +75,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "muon": {"momentum": 0.95, "weight_decay": 0.1},
 }
 SCHEDULES: dict[str, dict[str, Any]] = {
-    "constant": {}, "linear": {}, "cosine": {"floor": 0.0}, "multistep": {"at": [1], "factor": 0.1},
+    "constant": {}, "linear": {}, "cosine": {"floor": 0.0, "k_decay": 1.0}, "multistep": {"at": [1], "factor": 0.1},
     "inverse-sqrt": {}, "one-cycle": {},
 }  # fmt: skip
 TRAIN = {
