@@ -87,6 +87,10 @@ class Heatmap:
         values: a row a name; None leaves a cell empty.
         low, high: the ends of the colours; None: the smallest and largest value.
         diverging: colours that part at the middle, for signed values.
+        scale: the colours by name, of `style.SCALES`; "" for what `diverging` says.
+        below: a line under the matrix, one value a column, and `below_label` and `below_limits` of its axis.
+        ends: two words, beside the first rows and the last, in place of the names of all.
+        hover: for each cell what the page says of it besides its value.
         cell_format: of the numbers in the cells, e.g. `".2f"`; None: no numbers.
     """
 
@@ -103,6 +107,22 @@ class Heatmap:
     diverging: bool = False
     cell_format: str | None = None
     note: str = ""
+    scale: str = ""
+    below: tuple[float | None, ...] = ()
+    below_label: str = ""
+    below_limits: tuple[float, float] | None = None
+    ends: tuple[str, str] | None = None
+    hover: tuple[tuple[str, ...], ...] = ()
+
+    @property
+    def scale_name(self) -> str:
+        """The colours, a key of `style.SCALES`."""
+        return self.scale or ("diverging" if self.diverging else "sequential")
+
+    @property
+    def line_limits(self) -> tuple[float, float]:
+        """The ends of the axis of the line below."""
+        return self.below_limits or limits(value for value in self.below if value is not None)
 
     @property
     def color_limits(self) -> tuple[float, float]:

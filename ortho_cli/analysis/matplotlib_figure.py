@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .figure import Bars, Curves, Figure, Heatmap, shorten, spread_labels
-from .style import DIVERGING, DOTS_PER_INCH, INK, SEQUENTIAL, color, dash
+from .style import DOTS_PER_INCH, INK, SCALES, color, dash
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,6 +18,7 @@ __all__ = ["PICTURE_FORMATS", "draw"]
 
 PICTURE_FORMATS = ("png", "svg", "pdf")
 WIDTH, CURVE_HEIGHT, ROW_HEIGHT, ROOM = 6.4, 3.3, 0.3, 1.1  # inches
+MAP_HEIGHT, BELOW = 4.3, 0.2  # of a heatmap without names; the line under it, as a share of the matrix's height
 MAX_HEIGHT = 16.0
 DRAWN = {"solid": "-", "dash": (0, (5, 2)), "dot": (0, (1, 1.5))}
 # Without dates the same figure gives the same file.
@@ -44,12 +45,16 @@ def draw(figure: Figure, path: Path, kind: str) -> None:
         warnings.filterwarnings("ignore", "Glyph .* missing from")  # a name in a script that the font lacks
         canvas = Canvas(figsize=(WIDTH, _height(figure)), layout="constrained")
         FigureCanvasAgg(canvas)
-        axes = canvas.add_subplot()
+        if isinstance(figure, Heatmap) and figure.below:
+            axes, line = canvas.subplots(2, 1, sharex=True, height_ratios=(1, BELOW))
+            _below(line, figure)
+        else:
+            axes, line = canvas.add_subplot(), None
         axes.set_title(figure.title)
         if isinstance(figure, Curves):
             _curves(axes, figure)
         elif isinstance(figure, Heatmap):
-            _heatmap(canvas, axes, figure)
+            _heatmap(canvas, axes, figure, line)
         else:
             _bars(axes, figure)
         engine = canvas.get_layout_engine()
@@ -62,6 +67,8 @@ def draw(figure: Figure, path: Path, kind: str) -> None:
 def _height(figure: Figure) -> float:
     if isinstance(figure, Curves):
         return CURVE_HEIGHT
+    if isinstance(figure, Heatmap) and figure.ends:
+        return MAP_HEIGHT
     count = len(figure.rows) if isinstance(figure, Heatmap) else len(figure.names)
     return min(max(ROW_HEIGHT * count, 4 * ROW_HEIGHT) + ROOM, MAX_HEIGHT)
 
@@ -93,18 +100,21 @@ def _curves(axes: Axes, figure: Curves) -> None:
             axes.yaxis.set_minor_formatter(lambda value, place: "")
 
 
-def _heatmap(canvas: Canvas, axes: Axes, figure: Heatmap) -> None:
+def _heatmap(canvas: Canvas, axes: Axes, figure: Heatmap, line: Axes | None) -> None:
     from matplotlib.colors import LinearSegmentedColormap
 
     values = [[math.nan if value is None else value for value in row] for row in figure.values]
     low, high = figure.color_limits
-    colors = LinearSegmentedColormap.from_list("house", list((DIVERGING if figure.diverging else SEQUENTIAL)["light"]))
+    colors = LinearSegmentedColormap.from_list("house", list(SCALES[figure.scale_name]["light"]))
     image = axes.imshow(values, cmap=colors, vmin=low, vmax=high, aspect="auto", interpolation="nearest")
     axes.grid(False)
     axes.spines[:].set_visible(False)
     for axis, names, most in ((axes.xaxis, figure.columns, 12), (axes.yaxis, figure.rows, 60)):
         every = -(-len(names) // most) or 1
         axis.set_ticks(range(0, len(names), every), [shorten(name) for name in names[::every]])
+    if figure.ends:
+        last = len(figure.rows) - 1
+        axes.set_yticks([0.12 * last, 0.88 * last], figure.ends, rotation=90, va="center")
     if figure.cell_format is not None:
         middle = (low + high) / 2
         for row, numbers in enumerate(values):
@@ -113,11 +123,20 @@ def _heatmap(canvas: Canvas, axes: Axes, figure: Heatmap) -> None:
                     shade = _INK["paper"] if not figure.diverging and value > middle else _INK["text"]
                     text = format(value, figure.cell_format)
                     axes.text(column, row, text, ha="center", va="center", color=shade, fontsize=8)
-    axes.set_xlabel(figure.x_label)
+    (axes if line is None else line).set_xlabel(figure.x_label)
     axes.set_ylabel(figure.y_label)
+    if line is not None:
+        axes.tick_params(axis="x", labelbottom=False, length=0)
     bar = canvas.colorbar(image, ax=axes, fraction=0.03, pad=0.02)
     bar.outline.set_visible(False)
     bar.set_label(figure.value_label)
+
+
+def _below(axes: Axes, figure: Heatmap) -> None:
+    """The line under a heatmap, on the same columns."""
+    axes.plot(range(len(figure.below)), [math.nan if value is None else value for value in figure.below], color="black")
+    axes.set_ylim(figure.line_limits)
+    axes.set_ylabel(figure.below_label, rotation=0, ha="right", va="center")
 
 
 def _bars(axes: Axes, figure: Bars) -> None:

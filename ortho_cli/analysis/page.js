@@ -20,11 +20,16 @@
       xaxis: { ...axis, ...figure.layout.xaxis },
       yaxis: { ...axis, ...figure.layout.yaxis },
     };
-    for (const name of ["xaxis", "yaxis"]) {
+    if (figure.layout.yaxis2) made.yaxis2 = { ...axis, ...figure.layout.yaxis2 };
+    for (const name of ["xaxis", "yaxis", "yaxis2"]) {
+      if (!made[name]) continue;
       if (made[name].title) made[name].title = { ...made[name].title, font: { size: 12.5, color: ink.faint } };
     }
     if (legend) {
       Object.assign(made, { annotations: [], showlegend: true, margin: { ...made.margin, r: 14, b: 86 } });
+    }
+    if (figure.meta.scale && made.margin.l > 0.4 * width) { // names would leave no room for the matrix: a touch tells them
+      Object.assign(made, { margin: { ...made.margin, l: 14 }, yaxis: { ...made.yaxis, showticklabels: false } });
     }
     return made;
   }
@@ -39,6 +44,7 @@
         const title = { ...trace.colorbar.title, font };
         return { ...trace, colorscale, colorbar: { ...trace.colorbar, title, tickfont: font } };
       }
+      if (trace.line && trace.line.color === "ink") return { ...trace, line: { ...trace.line, color: theme.ink.text } };
       return trace.error_x ? { ...trace, error_x: { ...trace.error_x, color: theme.ink.faint } } : trace;
     });
   }

@@ -12,7 +12,7 @@ from ortho_cli import __version__
 
 from .figure import Bars, Curves, Figure, Heatmap
 from .plotly_figure import to_plotly
-from .style import DIVERGING, FONT, INK, SEQUENTIAL
+from .style import FONT, INK, SCALES
 from .table import Table
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ def _card(part: Part) -> str:
     if isinstance(part, Table):
         return _framed(part.title, part.html(), part.note)
     if isinstance(part, (Curves, Heatmap, Bars)):
-        large = isinstance(part, Heatmap) and max(len(part.rows), len(part.columns)) > LARGE
+        large = isinstance(part, Heatmap) and not part.ends and max(len(part.rows), len(part.columns)) > LARGE
         return _framed(part.title, _plot(part), part.note, "card full" if large else "card")
     code = f"<pre>{html.escape(part.text)}</pre>"
     if part.summary is not None:
@@ -86,7 +86,7 @@ def _scripts() -> str:
     from plotly.offline import get_plotlyjs
 
     themes = {
-        name: {"ink": INK[name], "sequential": SEQUENTIAL[name], "diverging": DIVERGING[name]}
+        name: {"ink": INK[name], **{scale: colors[name] for scale, colors in SCALES.items()}}
         for name in ("light", "dark")
     }
     style = _data({"themes": themes, "font": FONT}, 'id="style" ')

@@ -18,6 +18,7 @@ CHARACTER = 7.5  # width of one in a wide font
 TOP = 26  # for the buttons, which come with the mouse
 BAND = "33"  # opacity of a band, in hexadecimal
 CELLS_WITH_GAPS = 900  # above it lines between cells are most of what one sees
+MAP_HEIGHT, BELOW = 400, 0.16  # of a heatmap without names; the line under it, as a share of the whole
 
 
 def to_plotly(figure: Figure) -> dict[str, Any]:
@@ -124,15 +125,41 @@ def _heatmap(figure: Heatmap) -> dict[str, Any]:
     trace["zmin"], trace["zmax"] = figure.color_limits
     if figure.cell_format is not None:
         trace["texttemplate"] = f"%{{z:{figure.cell_format}}}"
-    layout = {
+    if figure.hover:
+        trace["text"] = [[_safe(text) for text in row] for row in figure.hover]
+        trace["hovertemplate"] = "%{y}, %{x}: %{z:.4~g}<br>%{text}<extra></extra>"
+    layout: dict[str, Any] = {
         "margin": {"l": _width(figure.rows) + 16, "r": 10, "t": TOP, "b": 52},
         "xaxis": {"title": {"text": _safe(figure.x_label)}, "type": "category", "showgrid": False},
         "yaxis": {
             "title": {"text": _safe(figure.y_label)}, "type": "category", "autorange": "reversed", "showgrid": False,
         },
     }  # fmt: skip
-    scale = "diverging" if figure.diverging else "sequential"
-    return {"data": [trace], "layout": layout, "meta": {"height": _height(len(figure.rows)), "scale": scale}}
+    if figure.ends:
+        layout["margin"]["l"] = 64
+        layout["yaxis"] |= {
+            "tickmode": "array", "tickangle": -90, "ticktext": [_safe(word) for word in figure.ends],
+            "tickvals": [trace["y"][round(share * (len(figure.rows) - 1))] for share in (0.15, 0.85)],
+        }  # fmt: skip
+    height = MAP_HEIGHT if figure.ends else _height(len(figure.rows))
+    traces = [trace, _below(figure, layout, trace)] if figure.below else [trace]
+    return {"data": traces, "layout": layout, "meta": {"height": height, "scale": figure.scale_name}}
+
+
+def _below(figure: Heatmap, layout: dict[str, Any], heat: dict[str, Any]) -> dict[str, Any]:
+    """The line under a heatmap, on its columns; makes room for itself."""
+    layout["yaxis"]["domain"] = [BELOW + 0.04, 1]
+    layout["xaxis"]["anchor"] = "y2"
+    layout["yaxis2"] = {
+        "domain": [0, BELOW], "range": list(figure.line_limits), "nticks": 3, "zeroline": False,
+        "title": {"text": _safe(figure.below_label)},
+    }  # fmt: skip
+    heat["colorbar"] |= {"len": 1 - BELOW, "y": 1, "yanchor": "top"}
+    return {
+        "type": "scatter", "mode": "lines" if len(figure.below) > 1 else "markers", "x": heat["x"], "yaxis": "y2",
+        "y": _plain(figure.below), "line": {"color": "ink", "width": 2}, "name": _safe(figure.below_label),
+        "hovertemplate": "%{x}: %{y:.4~g}<extra></extra>", "showlegend": False,
+    }  # fmt: skip
 
 
 def _bars(figure: Bars) -> dict[str, Any]:
@@ -177,8 +204,10 @@ def _width(names: Sequence[str]) -> int:
     return round(18 + CHARACTER * max((len(shorten(name)) for name in names), default=0))
 
 
-def _names(names: Iterable[str]) -> list[str]:
-    return [_safe(shorten(name)) for name in names]
+def _names(names: Sequence[str]) -> list[str]:
+    """Names as an axis shows them: short, where none of them becomes another's."""
+    short = [shorten(name) for name in names]
+    return [_safe(name) for name in (short if len(set(short)) == len(set(names)) else names)]
 
 
 def _safe(text: str) -> str:

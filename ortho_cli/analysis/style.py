@@ -6,7 +6,11 @@ the scale of heatmaps is one hue, from the page's own background to full.
 
 from __future__ import annotations
 
-__all__ = ["DASHES", "DIVERGING", "DOTS_PER_INCH", "FONT", "INK", "LABEL_GAP", "PALETTE", "SEQUENTIAL", "color", "dash"]
+from collections.abc import Mapping, Sequence
+
+__all__ = [
+    "DASHES", "DIVERGING", "DOTS_PER_INCH", "FONT", "INK", "LABEL_GAP", "PALETTE", "SCALES", "color", "dash",
+]  # fmt: skip
 
 PALETTE = ("#4477AA", "#EE6677", "#228833", "#AA3377", "#CCBB44", "#66CCEE", "#888888")
 DASHES = ("solid", "dash", "dot")  # after each round through the palette
@@ -33,6 +37,13 @@ DIVERGING = {
     "light": ("#2b6ca8", "#a9c9e3", "#f7f7f7", "#f2b3ab", "#b5323c"),
     "dark": ("#6fb1e4", "#2f5f8a", "#20262d", "#8a3b40", "#f08a88"),
 }
+# seaborn's "rocket" (Waskom, BSD-3-Clause), in which OIALR's figures are drawn: dark is low, on any background.
+_ROCKET = ("#03051a", "#30173a", "#611f53", "#971c5b", "#cb1b4f", "#ec4a3e", "#f4865e", "#f6bb97", "#faebdd")
+SCALES: dict[str, Mapping[str, Sequence[str]]] = {
+    "sequential": SEQUENTIAL,
+    "diverging": DIVERGING,
+    "rocket": {"light": _ROCKET, "dark": _ROCKET},
+}  # fmt: skip
 
 
 def color(place: int) -> str:

@@ -22,6 +22,7 @@ from ortho_cli.cli.options import (
 )
 from ortho_cli.cli.orthogonality import analyze_orthogonality
 from ortho_cli.cli.spectrum import analyze_spectrum
+from ortho_cli.cli.stability import analyze_stability
 
 __all__ = ["app"]
 
@@ -34,6 +35,7 @@ def _analyze() -> None:
 
 
 app.command("spectrum")(analyze_spectrum)
+app.command("stability")(analyze_stability)
 app.command("orthogonality")(analyze_orthogonality)
 app.command("adapter")(analyze_adapter)
 

@@ -1,0 +1,289 @@
+"""How far the basis of each layer moves over a series of checkpoints: one decomposition a layer and checkpoint.
+
+A job is a layer: it goes through the series once, keeps the bases that later checkpoints are compared with, and lets
+them go. Layers run in parallel on one thread each (`LayerPool`), so that memory stays that of a few layers and the time
+is linear in the checkpoints, whatever the number of lags.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ortho_cli.checkpoints.layer_pool import LayerPool
+from ortho_cli.checkpoints.series import Entry
+from ortho_cli.checkpoints.series_layers import SeriesLayer, read_flat
+from ortho_cli.errors import NumericsError, UsageError
+from ortho_cli.linalg.polar import RESOLVED
+from ortho_cli.linalg.ranks import energy_rank
+from ortho_cli.linalg.subspace import (
+    Basis,
+    basis,
+    factor_stability,
+    mixing_similarity,
+    noise_floor,
+    r_distance,
+    subspace_overlap,
+    truncated_stability,
+)
+
+from .stability_cache import ResultCache
+
+__all__ = ["COLUMNS", "Change", "Pair", "Pieces", "measure_series", "plan_pairs", "whole_layer"]
+
+Pieces = Callable[[SeriesLayer, Tensor], "list[tuple[str, Tensor]]"]
+"""The matrices of a layer that are measured on their own, by name."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """A layer in a checkpoint, compared with an earlier one: a row of `stability.csv`.
+
+    Attributes:
+        layer: its name.
+        kind: `linear`, `conv`, ...
+        step: of the checkpoint.
+        reference_step: of the one it is compared with; None for a file that tells none.
+        lag: how many checkpoints lie from the reference to it; None for a reference outside the series.
+        rows, cols: of the matrix.
+        stability: mean cosine of the directions of both bases.
+        noise_floor: standard deviation of the stability of independent weights.
+        sigma_min, sigma_max: the smallest and largest singular value at `step`.
+        r_distance, r_similarity: of R, with a positive diagonal.
+        mixing_similarity: cosine of the polar factors H.
+        rank_90, rank_99: components that hold that share of `||W||_F^2` at `step`.
+        top_stability, top_overlap: of the leading `--top-rank` directions alone.
+    """
+
+    layer: str
+    kind: str
+    step: int
+    reference_step: int | None
+    lag: int | None
+    rows: int
+    cols: int
+    stability: float
+    noise_floor: float
+    sigma_min: float
+    sigma_max: float
+    r_distance: float
+    r_similarity: float
+    mixing_similarity: float
+    rank_90: int
+    rank_99: int
+    top_stability: float | None = None
+    top_overlap: float | None = None
+
+    @property
+    def parameters(self) -> int:
+        """Entries of the weight."""
+        return self.rows * self.cols
+
+    @property
+    def is_resolved(self) -> bool:
+        """Whether the weight has full rank at `step`; if not, the stability is that of the directions it has."""
+        return self.sigma_min > RESOLVED * self.sigma_max
+
+
+COLUMNS = tuple(name for name in Change.__dataclass_fields__ if not name.startswith("top_"))
+
+
+class Pair(NamedTuple):
+    """Places in a series: a checkpoint, and the one it is compared with."""
+
+    current: int
+    reference: int
+    lag: int | None
+
+
+def plan_pairs(count: int, *, lags: Sequence[int] = (1,), reference: str | None = None) -> list[Pair]:
+    """Which checkpoints of a series are compared.
+
+    Args:
+        count: checkpoints.
+        lags: compare each with the one so many before it; several in one pass.
+        reference: compare each with the `first` or the `last` instead, or with one beside the series, at place `count`.
+
+    Raises:
+        UsageError: nothing to compare.
+
+    >>> plan_pairs(3, reference="first")
+    [Pair(current=1, reference=0, lag=1), Pair(current=2, reference=0, lag=2)]
+    """
+    if reference is None:
+        wrong = [lag for lag in lags if not 1 <= lag < count]
+        if wrong:
+            raise UsageError(f"--lag {wrong[0]}: a series of {count} checkpoints has lags from 1 to {count - 1}")
+        return sorted(Pair(place, place - lag, lag) for lag in dict.fromkeys(lags) for place in range(lag, count))
+    if reference == "beside":
+        return [Pair(place, count, None) for place in range(count)]
+    fixed = 0 if reference == "first" else count - 1
+    pairs = [Pair(place, fixed, place - fixed) for place in range(count) if place != fixed]
+    if not pairs:
+        raise UsageError(f"a series has at least two checkpoints, found {count}")
+    return pairs
+
+
+def whole_layer(layer: SeriesLayer, matrix: Tensor) -> list[tuple[str, Tensor]]:
+    """A layer as one matrix."""
+    return [(layer.name, matrix)]
+
+
+def measure_series(
+    entries: Sequence[Entry],
+    layers: Sequence[SeriesLayer],
+    pairs: Sequence[Pair],
+    *,
+    pieces: Pieces = whole_layer,
+    top_rank: int | None = None,
+    workers: int = 1,
+    device: str = "cpu",
+    cache: ResultCache | None = None,
+    start: Callable[[int], None] = lambda total: None,
+    advance: Callable[[int], None] = lambda count: None,
+) -> list[Change]:
+    """Measure every layer of a series.
+
+    Args:
+        entries: the checkpoints, and after them a reference that is not of the series.
+        layers: which.
+        pairs: which checkpoints are compared.
+        pieces: how a layer is split; whole by default.
+        top_rank: also compare the leading directions alone, so many of them.
+        workers: layers at a time; the values do not depend on it.
+        device: where to compute.
+        cache: of results by file and tensor; what it holds is not computed again.
+        start: told of the bytes to read, once.
+        advance: told of the bytes of each layer that is done.
+
+    Returns:
+        By layer, then checkpoint. A checkpoint that lacks a layer is passed over.
+
+    Raises:
+        NumericsError: a weight that is not finite.
+
+    Cost: a layer and checkpoint `4 m n k + 12 k^3` flops in float64, `k = min(m, n)`; a pair `2 m n + 2 k^3`.
+    """
+    due = {layer.name: [pair for pair in pairs if _has(layer, pair)] for layer in layers}
+    found: dict[str, dict[Pair, list[Change]]] = {layer.name: {} for layer in layers}
+    if cache is not None:
+        for layer in layers:
+            known = cache.get(layer, entries, due[layer.name])
+            found[layer.name] = {pair: [_dated(each, entries, pair) for each in known[pair]] for pair in known}
+            due[layer.name] = [pair for pair in due[layer.name] if pair not in known]
+    by_name = {layer.name: layer for layer in layers}
+
+    def compute(name: str) -> dict[Pair, list[Change]]:
+        with torch.inference_mode():  # per thread
+            return _measure_layer(by_name[name], entries, due[name], partial(_split, pieces), top_rank, device)
+
+    wanted = [layer for layer in layers if due[layer.name]]
+    sizes = {layer.name: _bytes_read(layer, due[layer.name]) for layer in wanted}
+    start(sum(sizes.values()))
+    pool = LayerPool(compute, workers=workers)
+    costs = {layer.name: _bytes_held(layer, due[layer.name]) for layer in wanted}
+    for layer, result in zip(wanted, pool.map(costs), strict=True):
+        found[layer.name] |= result
+        if cache is not None:
+            cache.put(layer, entries, {pair: [asdict(change) for change in result[pair]] for pair in result})
+        advance(sizes[layer.name])
+    return [change for layer in layers for change in _by_piece(found[layer.name])]
+
+
+def _measure_layer(
+    layer: SeriesLayer,
+    entries: Sequence[Entry],
+    pairs: Sequence[Pair],
+    split: Callable[[SeriesLayer, Tensor], Mapping[str, Tensor]],
+    top_rank: int | None,
+    device: str,
+) -> dict[Pair, list[Change]]:
+    """All pairs of one layer, each checkpoint decomposed once."""
+    last = {place: number for number, pair in enumerate(pairs) for place in (pair.current, pair.reference)}
+    held: dict[int, dict[str, Basis]] = {}
+    found = {}
+    for number, pair in enumerate(pairs):
+        for place in (pair.reference, pair.current):
+            if place not in held:
+                weight = read_flat(layer, place, entries[place])
+                held[place] = {
+                    name: _basis(name, piece.to(device), entries[place]) for name, piece in split(layer, weight).items()
+                }
+        found[pair] = [
+            _change(name, layer.kind, held[pair.reference][name], now, top_rank, entries, pair)
+            for name, now in held[pair.current].items()
+        ]
+        for place in [place for place in held if last[place] <= number]:
+            del held[place]
+    return found
+
+
+def _split(pieces: Pieces, layer: SeriesLayer, matrix: Tensor) -> dict[str, Tensor]:
+    return dict(pieces(layer, matrix))
+
+
+def _basis(name: str, matrix: Tensor, entry: Entry) -> Basis:
+    try:
+        return basis(matrix)
+    except NumericsError as error:
+        raise NumericsError(
+            f"layer {name} of {entry.name} holds values that are not finite", hint=error.hint
+        ) from error
+
+
+def _change(
+    name: str, kind: str, before: Basis, now: Basis, top_rank: int | None, entries: Sequence[Entry], pair: Pair
+) -> Change:
+    rows, cols = now.factor.shape
+    triangles = r_distance(before, now)
+    change = Change(
+        name, kind, 0, None, pair.lag, rows, cols, factor_stability(before.factor, now.factor), noise_floor(rows, cols),
+        float(now.values[-1]), float(now.values[0]), triangles.distance, triangles.similarity,
+        mixing_similarity(before, now), energy_rank(now.values, 0.9), energy_rank(now.values, 0.99),
+        None if top_rank is None else truncated_stability(before, now, top_rank),
+        None if top_rank is None else subspace_overlap(before, now, top_rank),
+    )  # fmt: skip
+    return _dated(asdict(change), entries, pair)
+
+
+def _dated(values: Mapping[str, object], entries: Sequence[Entry], pair: Pair) -> Change:
+    """The numbers of a pair, with the steps that the series gives its checkpoints now."""
+    step = entries[pair.current].step
+    assert step is not None, "a checkpoint of a series has a step"
+    dates = {"step": step, "reference_step": entries[pair.reference].step, "lag": pair.lag}
+    return Change(**{**values, **dates})  # type: ignore[arg-type]
+
+
+def _has(layer: SeriesLayer, pair: Pair) -> bool:
+    return layer.stored[pair.current] is not None and layer.stored[pair.reference] is not None
+
+
+def _bytes_read(layer: SeriesLayer, pairs: Iterable[Pair]) -> int:
+    places = {place for pair in pairs for place in (pair.current, pair.reference)}
+    return sum(stored.nbytes for place in places if (stored := layer.stored[place]) is not None)
+
+
+def _bytes_held(layer: SeriesLayer, pairs: Sequence[Pair]) -> int:
+    """What a job needs at most: the bases it keeps, and one decomposition under way."""
+    last = {place: number for number, pair in enumerate(pairs) for place in (pair.current, pair.reference)}
+    held: set[int] = set()
+    most = 0
+    for number, pair in enumerate(pairs):
+        held |= {pair.current, pair.reference}
+        most = max(most, len(held))
+        held = {place for place in held if last[place] > number}
+    rows, cols = layer.flat_shape
+    side = min(rows, cols)
+    return most * 4 * (rows * cols + 2 * side**2) + 8 * rows * cols + 48 * side**2
+
+
+def _by_piece(found: Mapping[Pair, Sequence[Change]]) -> list[Change]:
+    """One piece of a layer after the other, each in the order of its checkpoints."""
+    changes = [change for pair in sorted(found) for change in found[pair]]
+    order = {name: place for place, name in enumerate(dict.fromkeys(change.layer for change in changes))}
+    return sorted(changes, key=lambda change: order[change.layer])

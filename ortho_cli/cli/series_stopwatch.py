@@ -1,0 +1,122 @@
+"""Time `ortho analyze stability` on a series of a vision transformer's shape, beside the straightforward form."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .stopwatch import ORTHO, START_UP, Timing, run_once, run_rounds
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["OURS", "PLAIN", "SeriesTimings", "measure_series_commands", "vit_shapes"]
+
+PLAIN, OURS = "two SVDs a pair, P^T P formed", "ortho analyze stability"
+# Runs in a fresh interpreter, with all threads: what the paper's notebook does, column norms included.
+SCRIPT = """
+import json, sys
+import torch
+from safetensors.torch import load_file
+
+def factor(weight):
+    weight = weight.reshape(weight.shape[0], -1)
+    u, _, vh = torch.linalg.svd(weight if weight.shape[0] >= weight.shape[1] else weight.T, full_matrices=False)
+    return u @ vh
+
+found = []
+for before, now in zip(sys.argv[2:], sys.argv[3:]):
+    first, second = load_file(before), load_file(now)
+    for name in second:
+        p, q = factor(first[name]), factor(second[name])
+        similarity = p.T @ q / (p.norm(dim=0).max() * q.norm(dim=0).max())
+        found.append([name, now, similarity.diagonal().mean().item()])
+json.dump(found, open(sys.argv[1], "w"))
+"""
+START = "import torch; from ortho_cli.__main__ import main; main()"
+
+
+@dataclass(frozen=True)
+class SeriesTimings:
+    """Timings of whole commands, the plain form first, and the largest difference of a value."""
+
+    timings: list[Timing]
+    largest_difference: float
+
+
+def vit_shapes(blocks: int, width: int = 768) -> dict[str, tuple[int, ...]]:
+    """The matrices of a ViT with patches of 16, of so many blocks; 12 of width 768 make ViT-B/16's 50.
+
+    >>> len(vit_shapes(12))
+    50
+    """
+    shapes: dict[str, tuple[int, ...]] = {"patch_embed.proj.weight": (width, 3, 16, 16)}
+    for block in range(blocks):
+        parts = {"attn.qkv": (3 * width, width), "attn.proj": (width, width), "mlp.fc1": (4 * width, width)}
+        parts["mlp.fc2"] = (width, 4 * width)
+        shapes |= {f"blocks.{block}.{name}.weight": shape for name, shape in parts.items()}
+    return shapes | {"head.weight": (1000, width)}
+
+
+def measure_series_commands(
+    *, checkpoints: int, blocks: int, width: int = 768, rounds: int = 1, folder: Path | None = None
+) -> SeriesTimings:
+    """Write a series of weights that move less and less, and time both ways to its stability.
+
+    Args:
+        checkpoints: how many.
+        blocks: of the transformer; 12 is ViT-B, 350 MB a checkpoint.
+        width: of the transformer.
+        rounds: each command runs this often, shuffled.
+        folder: where the series goes for a moment.
+    """
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".ortho-bench-") as scratch:
+        place = Path(scratch)
+        files = _write_series(place / "series", checkpoints, vit_shapes(blocks, width))
+        plain, report = place / "plain.json", place / "report"
+        commands = {
+            PLAIN: [sys.executable, "-c", SCRIPT, str(plain), *map(str, files)],
+            START_UP: [sys.executable, "-c", START, "analyze", "stability", *map(str, files[:2]), "--dry-run"],
+            OURS: [
+                *ORTHO, "analyze", "stability", str(place / "series"), "-o", str(report), "--no-cache", "-q",
+                "--format", "csv",
+            ],
+        }  # fmt: skip
+        timings = run_rounds(commands, rounds, [report])
+        if not report.is_dir():  # another command ran after it
+            run_once(commands[OURS])
+        return SeriesTimings(timings, _largest_difference(plain, report / "stability.csv"))
+
+
+def _write_series(folder: Path, count: int, shapes: dict[str, tuple[int, ...]]) -> list[Path]:
+    import torch
+    from safetensors.torch import save_file
+
+    folder.mkdir()
+    generator = torch.Generator().manual_seed(0)
+
+    def drawn() -> Iterator[tuple[str, Tensor]]:
+        for name, shape in shapes.items():
+            yield name, torch.randn(shape, generator=generator)
+
+    weights, files = dict(drawn()), []
+    for step in range(1, count + 1):
+        files.append(folder / f"step-{step:04d}.safetensors")
+        save_file(weights, files[-1])
+        for name, noise in drawn():
+            weights[name].add_(noise, alpha=0.5 / (1 + step))
+    return files
+
+
+def _largest_difference(plain: Path, table: Path) -> float:
+    values = json.loads(plain.read_text("utf-8"))
+    expected = {(name.removesuffix(".weight"), int(Path(file).stem[5:])): value for name, file, value in values}
+    with table.open(encoding="utf-8", newline="") as file:
+        found = {(row["layer"], int(row["step"])): float(row["stability"]) for row in csv.DictReader(file)}
+    return max(abs(found[key] - float(value)) for key, value in expected.items())
