@@ -37,6 +37,8 @@ STEPS = (
     ("Or the adapter inside the checkpoint, as its authors keep it ...", "add-hra {base} -o {inside} --quiet"),
     ("... and out again:", "convert {inside} --to base -o {restored} --quiet"),
     ("not a byte differs.", "inspect {base} --diff {restored} --fail-above 0"),
+    ("Half the parameters: low-rank factors where they cost least, from the SVD of each weight.",
+     "factorize {base} -o {factors} --budget 0.5"),
     ("Now train: handwritten digits, with filters that become orthonormal in groups (GOR).",
      "train quickstart --set run.dir={run} --set train.epochs=5"),
 )  # fmt: skip
@@ -49,6 +51,8 @@ FILES = {
     "merged_lora": "merged-from-lora.safetensors",
     "inside": "v1-5-small-hra.safetensors",
     "restored": "v1-5-small-restored.safetensors",
+    "factors": "factors.safetensors",
+    "report": "factors-report",
     "run": "quickstart",
 }
 # What the run leaves in its folder; which of it there is depends on the recipe.
@@ -99,6 +103,8 @@ _PURPOSE = {
     "merged_lora": "the checkpoint with that LoRA folded in: the same weights",
     "inside": "the checkpoint with adapters inside it",
     "restored": "the checkpoint with those taken out again",
+    "factors": "the checkpoint as low-rank factors",
+    "report": "what the factors keep, with spectra to look at",
     "run": "the training run:",
 }
 NUDGE = 0.05  # radians or so by which each reflection turns: visible, and far from random

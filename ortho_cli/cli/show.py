@@ -131,6 +131,7 @@ def _layers(console: Console, report: Report, verbose: bool) -> None:
         else:
             title = f"the first {LAYERS_SHOWN} of {len(report.details)} layers (all with -v)"
         details = details[:LAYERS_SHOWN]
+        present = [key for key in present if any(detail.get(key) is not None for detail in details)]
     prefix = _common_prefix([str(detail["name"]) for detail in details])
     if prefix and title:
         title += f", all below {prefix}"
@@ -184,6 +185,8 @@ def _value(name: str, value: object) -> str:
         return ", ".join(f"{key}: {_value('', item)}" for key, item in value.items())
     if isinstance(value, (list, tuple)):
         return ", ".join(map(str, value)) or "-"
+    if isinstance(value, float):
+        return f"{value:.4g}"
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
 
 

@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 __all__ = ["LineView", "LiveView", "live_view"]
@@ -85,7 +86,8 @@ class LineView:
         self._speed = values["steps_per_second"]
 
     def _left(self, step: int) -> str:
-        return f"  {(self._steps - step) / self._speed / 60:.1f} min left" if self._speed and step < self._steps else ""
+        seconds = (self._steps - step) / self._speed if self._speed else 0.0
+        return f"  {timedelta(seconds=round(seconds))} left" if step < self._steps and self._speed else ""
 
 
 @contextmanager
