@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
@@ -21,7 +22,9 @@ from .projected_attention import open_attention
 if TYPE_CHECKING:
     from ortho_cli.recipe.methods import OIALR as OIALRSection
 
-__all__ = ["OIALRMethod", "flops_share"]
+__all__ = ["LAYERS", "RANKS", "OIALRMethod", "flops_share"]
+
+LAYERS, RANKS = "layers.csv", "ranks.csv"
 
 
 class OIALRMethod(Method):
@@ -68,8 +71,11 @@ class OIALRMethod(Method):
         return self.run.check(optimizer, step + 1)
 
     def export(self, model: nn.Module, path: Path) -> None:
-        """Write the dense network, which loads in the plain model, and the factors (`ortho.load_factorized`)."""
+        """Write the dense network, which loads in the plain model, factors (`ortho.load_factorized`), and tables."""
         write_exports(model, path)
+        for name, (columns, rows) in _tables(self.run.layers).items():
+            with (path / name).open("w", encoding="utf-8", newline="") as file:
+                csv.writer(file, lineterminator="\n").writerows([columns, *rows])
 
     def closing_notes(self) -> list[str]:
         """What came of it; a warning where nothing converted, with the highest stability seen."""
@@ -110,6 +116,20 @@ class OIALRMethod(Method):
         if measured:
             found |= {"stability_mean": fmean(measured), "stability_min": min(measured)}
         return found
+
+
+def _tables(layers: Sequence[SettlingLayer]) -> dict[str, tuple[tuple[str, ...], list[tuple[object, ...]]]]:
+    """How each layer ended, and how its rank came down; empty where there is nothing to say."""
+    ended: list[tuple[object, ...]] = []
+    for each in layers:
+        highest = each.highest if each.highest > float("-inf") else None
+        converted = each.ranks[0][0] if each.ranks else None
+        ended.append((each.name, each.form.rows, each.form.cols, each.rank, converted, highest))
+    ranks: list[tuple[object, ...]] = sorted((step, each.name, rank) for each in layers for step, rank in each.ranks)
+    return {
+        LAYERS: (("layer", "rows", "cols", "rank", "converted_at", "highest_stability"), ended),
+        RANKS: (("step", "layer", "rank"), ranks),
+    }
 
 
 def flops_share(layers: Sequence[SettlingLayer]) -> float:

@@ -51,6 +51,7 @@ class SettlingLayer:
         highest: the highest seen.
         streak: checks in a row with at least the threshold.
         lost: energy that cuts have taken away.
+        ranks: of the core, (step, rank) wherever it changed; the first when the layer converted.
     """
 
     def __init__(self, chosen: Candidate) -> None:
@@ -59,6 +60,7 @@ class SettlingLayer:
         self.highest = float("-inf")
         self.streak = 0
         self.lost = 0.0
+        self.ranks: list[tuple[int, int]] = []
         self._basis: Tensor | None = None  # the polar factor at the last check
 
     @property
@@ -176,7 +178,7 @@ class SettlingLayer:
         highest = None if self.highest == float("-inf") else self.highest
         return {
             "rank": self.rank, "streak": self.streak, "stability": self.stability, "highest": highest,
-            "lost": self.lost, "basis": self._basis,
+            "lost": self.lost, "ranks": [list(each) for each in self.ranks], "basis": self._basis,
         }  # fmt: skip
 
     def load_state(self, state: dict[str, Any], model: nn.Module) -> None:
@@ -187,6 +189,7 @@ class SettlingLayer:
             assert isinstance(self.module, BasisLayer)
             self.module.set_rank(state["rank"])
         self.streak, self.stability, self.lost = state["streak"], state["stability"], state["lost"]
+        self.ranks = [(step, rank) for step, rank in state["ranks"]]
         self.highest = float("-inf") if state["highest"] is None else state["highest"]
         basis = state["basis"]
         self._basis = None if basis is None else basis.to(self.trained.device)

@@ -75,6 +75,7 @@ class OIALR:
         if when == "step" and not delay:
             for layer in self.layers:
                 layer.convert(model, optimizer, moments)
+                layer.ranks.append((0, min(layer.form.rows, layer.form.cols)))
 
     def step(self) -> bool:
         """Count one training step, and check layers when it is time; call it after `optimizer.step()`.
@@ -110,7 +111,10 @@ class OIALR:
             waiting = [layer for layer in waiting if id(layer) in settled]
         diagonals = {layer.name: layer.convert(self.model, optimizer, self.moments) for layer in waiting}
         cut = self._cut([layer for layer in mine if layer.converted and layer in active], diagonals, optimizer)
-        return bool(waiting) or cut
+        for layer in {id(each): each for each in [*waiting, *cut]}.values():
+            assert layer.rank is not None
+            layer.ranks.append((done, layer.rank))
+        return bool(waiting or cut)
 
     def _held_by(self, optimizer: torch.optim.Optimizer) -> list[SettlingLayer]:
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -126,14 +130,14 @@ class OIALR:
 
     def _cut(
         self, layers: list[SettlingLayer], diagonals: dict[str, Tensor | None], optimizer: torch.optim.Optimizer
-    ) -> bool:
-        """Cut ranks; a core that keeps its rank keeps its basis too: turning it would not change the product."""
+    ) -> list[SettlingLayer]:
+        """Cut ranks, and say whose; a core that keeps its rank keeps its basis: turning it changes no product."""
         found = {layer.name: layer.decomposed(diagonals.get(layer.name)) for layer in layers}
         ranks = cut_ranks({name: each.spectrum for name, each in found.items()}, self.cut, self.beta)
         fewer = [layer for layer in layers if ranks[layer.name] != layer.rank]
         for layer in fewer:
             layer.cut(found[layer.name], ranks[layer.name], optimizer, self.moments)
-        return bool(fewer)
+        return fewer
 
     @property
     def converted(self) -> dict[str, BasisLayer]:

@@ -291,3 +291,36 @@ def test_what_cannot_be_asked() -> None:
     model[0].weight.full_tensor = lambda: None  # what a sharded weight has
     with pytest.raises(UsageError, match="sharded"):
         run.check(optimizer, 3)
+
+
+@pytest.mark.parametrize("name", ["bert", "gpt2", "vit"])
+def test_layers_of_transformers(name: str) -> None:
+    transformers: Any = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    small = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 40}
+    if name == "bert":
+        model = transformers.BertModel(
+            transformers.BertConfig(vocab_size=30, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **small)
+        )
+        given: dict[str, Tensor] = {"input_ids": torch.arange(12).view(2, 6)}
+    elif name == "gpt2":
+        config = transformers.GPT2Config(
+            vocab_size=30, n_embd=24, n_layer=2, n_head=2, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0
+        )
+        model, given = transformers.GPT2Model(config), {"input_ids": torch.arange(12).view(2, 6)}
+    else:
+        model = transformers.ViTModel(transformers.ViTConfig(image_size=8, patch_size=2, **small))
+        given = {"pixel_values": torch.randn(2, 3, 8, 8)}
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    run = ortho.oialr(model, optimizer, **WHOLE)
+    for step in range(5):
+        optimizer.zero_grad()
+        model(**given).last_hidden_state.square().mean().backward()
+        optimizer.step()
+        before = model(**given).last_hidden_state.detach()
+        run.step()
+        if step == 2:
+            assert gap(model(**given).last_hidden_state, before) < 1e-4
+    kinds = {layer.form.kind for layer in run.layers}
+    assert kinds == {"gpt2": {"conv1d"}, "bert": {"linear"}, "vit": {"linear", "conv"}}[name]
+    assert len(run.converted) == {"gpt2": 7, "bert": 12, "vit": 13}[name]
