@@ -29,8 +29,10 @@ EXACT_SIDE = 1536
 # Directions of W with less than this share of its largest value are none: float32 products blur their long vectors, and
 # the null space of a rank-deficient W has no vectors of its own that something could be close to.
 NULL = 1e-5
-# Lanczos steps, and the share of the largest singular value below which so many cannot tell W from its null space.
-STEPS, FAINT = 48, 0.02
+# Lanczos steps. Eigenvalues closer to 0 than about (pi / 2 STEPS)^2 of the largest look like one to them, on which any
+# new direction has most of its mass: directions of W this faint (7 % of its largest singular value) do not count.
+STEPS = 48
+FAINT = 3.4 / STEPS
 # A random subspace resolves its first vectors best: it is made this many times wider.
 SPARE = 4
 # Next to the largest squared singular value, a step of this length leads nowhere: the vector is spent.
@@ -137,8 +139,9 @@ def _largest_mass(apply: Callable[[Tensor], Tensor], start: Tensor) -> Tensor:
         if step + 1 < steps:
             matrix[:, step, step + 1] = matrix[:, step + 1, step] = length.double()
     found = matrix.new_zeros(k)
+    least = FAINT if steps < start.shape[0] else NULL  # after as many steps as there are dimensions nothing is hidden
     for size in {max(1, steps - 1), steps}:
         nodes, vectors = torch.linalg.eigh(matrix[:, :size, :size])
-        weights = vectors[:, 0].square() * (nodes > FAINT**2 * nodes.amax(1, keepdim=True))
+        weights = vectors[:, 0].square() * (nodes > least**2 * nodes.amax(1, keepdim=True))
         found = torch.maximum(found, weights.amax(1))
     return found.clamp(max=1.0)

@@ -81,6 +81,23 @@ def test_lanczos_decides_as_the_decomposition(shape: tuple[int, int], strength: 
     assert int((exact.output < 0.5).sum()) == (1 if strength == 5 else 0)
 
 
+def test_the_faint_end_of_a_long_spectrum_hides_no_intruder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Most of a new direction lies on old ones so weak that few steps take them for a single one."""
+    monkeypatch.setattr("ortho_cli.linalg.intruders.STEPS", 16)
+    before = decaying(500, 400, power=0.5).float()
+    spikes = random(500, 3, seed=7) @ random(3, 400, seed=8)
+    after = before + (2 * spikes / torch.linalg.matrix_norm(spikes, 2)).float()
+    monkeypatch.setattr("ortho_cli.linalg.intruders.FAINT", 0.02)
+    blind = closest_directions(before, after, 5, method="lanczos")
+    assert int((blind.input < 0.5).sum()) < 3, "what the threshold is for"
+    monkeypatch.setattr("ortho_cli.linalg.intruders.FAINT", 3.4 / 16)
+    found = closest_directions(before, after, 5, method="lanczos")
+    exact = closest_directions(before, after, 5, method="exact")
+    for side in ("output", "input"):
+        assert torch.equal(getattr(found, side) < 0.5, getattr(exact, side) < 0.5)
+    assert int((found.input < 0.5).sum()) == 3
+
+
 def test_a_flat_spectrum_is_no_alarm() -> None:
     """Its vectors are hardly apart: turned a little, each is a mix of old ones of nearly the same value."""
     before = random(300, 200).float()
