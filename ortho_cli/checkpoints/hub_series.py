@@ -134,7 +134,7 @@ def _read_range(info: TensorInfo) -> Tensor:
 
 
 def _range(path: Path, start: int, stop: int) -> bytes:
-    content = _files().cat_file(path.as_posix(), start=start, end=stop)
+    content = _files().cat_file(path.as_posix(), start=start, end=stop, cache_type="none")  # nothing read ahead
     assert isinstance(content, bytes)
     return content
 

@@ -9,6 +9,7 @@ it would make up directions that are not in A.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isfinite
 from typing import NamedTuple
 
 import torch
@@ -25,10 +26,16 @@ METHODS = ("auto", "svd", "gram", "polar-express")
 # Up to a condition of 1e5 (and a little, for rounding) the float64 Gram matrix gives the factor of a float32 weight to
 # 2e-7; beyond it no one should call what is found a basis: it is mostly the rounding of the weight.
 RESOLVED = 0.9e-5
+# A float32 Gram matrix loses the square of the condition: up to this one stability is exact to 5e-7. Only a matrix this
+# much taller than wide has a chance of it, square ones being worse the larger they are.
+MILD, TALL = 20.0, 1.2
+# A product in float32 loses the condition itself, to rounding that does not add up: to 1e-7 up to this one.
+ROUNDED = 1e3
 # The iteration runs in the weight's own precision: to 1e-6 up to this condition.
 ITERATED = 1e-3
-# On an accelerator, from this side on matrix products beat an eigenproblem.
-ITERATED_SIDE = 128
+# From this side on there is time to be saved: on an accelerator by products instead of an eigenproblem, on a CPU by
+# float32.
+LARGE_SIDE = 128
 # Odd polynomials a x + b x^3 + c x^5 that together bring singular values in [1e-3, 1] to 1, each the best one for the
 # interval the last one leaves, eased by 1 % so that rounding cannot carry a value out of it.
 # Reference: Amsel, Persson, Musco and Gower 2025, "The Polar Express", arXiv:2505.16932, algorithm 1.
@@ -71,7 +78,7 @@ class Polar:
 class RightSpectrum(NamedTuple):
     """`values (n,)`, descending, and right singular `vectors (n, n)` of a tall matrix, and its `squared` `A^T A`.
 
-    All are float64.
+    All are float64, or float32 for a float32 matrix of mild condition.
     """
 
     values: Tensor
@@ -83,22 +90,26 @@ class RightSpectrum(NamedTuple):
         """Singular values above `RESOLVED` of the largest."""
         return int((self.values > RESOLVED * self.values[0]).sum())
 
+    def within(self, condition: float) -> bool:
+        """Whether the condition is at most this."""
+        return bool(self.values[-1] * condition >= self.values[0] > 0)
+
 
 def polar_factor(matrix: Tensor, *, method: str = "auto") -> Polar:
     """Find the nearest matrix with orthonormal columns: keep the directions of a weight, drop its strengths.
 
     Args:
         matrix: `(m, n)`, any plain float type; half types are computed in float32.
-        method: "svd" in float64; "gram", the eigenvectors of `A^T A` in float64, several times faster; "polar-express",
-            matrix products only, for accelerators; "auto": on an accelerator products where the matrix is large and its
-            condition below 1e3, else "gram".
+        method: "svd" in float64; "gram", the eigenvectors of `A^T A` in the precision it needs, faster;
+            "polar-express", matrix products only, for accelerators; "auto": on an accelerator products where the matrix
+            is large and its condition below 1e3, else "gram".
 
     Raises:
         TargetError: no matrix, or an empty one.
         NumericsError: a value that is not finite.
         UsageError: no such method.
 
-    Cost: "gram" `4 m n k + 11 k^3` flops with `k = min(m, n)`, in float64; "svd" about `6 m n k + 20 k^3`;
+    Cost: "gram" `4 m n k + 11 k^3` flops with `k = min(m, n)`; "svd" about `6 m n k + 20 k^3`;
         "polar-express" about `40 m n k`.
     Reference: Higham, "Functions of Matrices", 2008, chapter 8; for its use, OIALR, arXiv:2401.08505, section 3.
 
@@ -114,6 +125,8 @@ def polar_factor(matrix: Tensor, *, method: str = "auto") -> Polar:
             return _like(found, matrix)
     spectrum = None if method == "svd" else right_spectrum(tall)
     if spectrum is None:
+        if not bool(tall.isfinite().all()):
+            raise _not_finite(tall)
         left, values, right = torch.linalg.svd(tall.double(), full_matrices=False)
         rank = int((values > RESOLVED * values[0]).sum())
         factor = (left[:, :rank] @ right[:rank]).to(tall.dtype)
@@ -129,28 +142,53 @@ def tall_matrix(matrix: Tensor) -> Tensor:
 
     Raises:
         TargetError: no matrix, or an empty one.
-        NumericsError: a value that is not finite.
     """
     if matrix.ndim != 2 or not matrix.numel():
         raise TargetError(f"a matrix has two dimensions and some entries, found shape {tuple(matrix.shape)}")
     matrix = at_least_float32(matrix, "matrix")
-    if not bool(frobenius_norm(matrix).isfinite()):
-        raise NumericsError(
-            f"a matrix of shape {tuple(matrix.shape)} holds values that are not finite",
-            hint="the training that wrote it diverged: take an earlier save",
-        )
     return matrix if matrix.shape[0] >= matrix.shape[1] else matrix.mT
 
 
 def right_spectrum(tall: Tensor) -> RightSpectrum:
-    """Singular values and right singular vectors of a tall matrix `(m, n)`, from its Gram matrix in float64.
+    """Singular values and right singular vectors of a tall matrix `(m, n)`, from its Gram matrix.
 
-    Cost: `m n^2 + 9 n^3` flops.
+    Raises:
+        NumericsError: a value that is not finite.
+
+    Cost: `m n^2 + 9 n^3` flops, in float64 unless the condition is mild.
 
     >>> right_spectrum(torch.tensor([[3.0, 0.0], [0.0, 2.0], [0.0, 0.0]])).values.tolist()
     [3.0, 2.0]
     """
+    rows, cols = tall.shape
+    if tall.dtype == torch.float32 and cols >= LARGE_SIDE and rows >= TALL * cols:
+        squared = gram(tall)
+        found = _spectrum(squared) if _may_be_mild(squared) else None
+        if found is not None and found.within(MILD):
+            return found
     squared = gram(tall, torch.float64)
+    if not bool(squared.diagonal().isfinite().all()):
+        raise _not_finite(tall)
+    return _spectrum(squared)
+
+
+def _not_finite(matrix: Tensor) -> NumericsError:
+    return NumericsError(
+        f"a matrix of shape {tuple(matrix.shape)} holds values that are not finite",
+        hint="the training that wrote it diverged: take an earlier save",
+    )
+
+
+def _may_be_mild(squared: Tensor) -> bool:
+    """Whether the condition may be `MILD`: pivots of Cholesky's factor, which differ by less, do not rule it out."""
+    if not bool(squared.diagonal().isfinite().all()):
+        return False
+    triangle, failed = torch.linalg.cholesky_ex(squared)
+    pivots = triangle.diagonal()
+    return not bool(failed) and bool(pivots.max() <= MILD * pivots.min())
+
+
+def _spectrum(squared: Tensor) -> RightSpectrum:
     squares, vectors = torch.linalg.eigh(squared)
     return RightSpectrum(squares.clamp_min(0).sqrt().flip(-1), vectors.flip(-1), squared)
 
@@ -158,11 +196,13 @@ def right_spectrum(tall: Tensor) -> RightSpectrum:
 def isometry(tall: Tensor, spectrum: RightSpectrum) -> Tensor:
     """The polar factor `A V S^-1 V^T` of a tall matrix, in its dtype; directions that are not resolved are left out.
 
-    Cost: `2 m n^2 + 2 n^3` flops in float64.
+    Cost: `2 m n^2 + 2 n^3` flops, the first in float64 where the condition asks for it.
     """
     rank = spectrum.rank
     kept = spectrum.vectors[:, :rank]
     root = (kept / spectrum.values[:rank]) @ kept.mT  # the inverse of H
+    if spectrum.within(ROUNDED):
+        return tall @ root.to(tall.dtype)
     factor = torch.empty_like(tall, memory_format=torch.contiguous_format)
     for rows in _row_blocks(tall):
         factor[rows] = (tall[rows].double() @ root).to(tall.dtype)
@@ -175,7 +215,7 @@ def _row_blocks(tall: Tensor) -> list[slice]:
 
 
 def _prefers_products(tall: Tensor) -> bool:
-    return tall.device.type != "cpu" and tall.shape[1] >= ITERATED_SIDE
+    return tall.device.type != "cpu" and tall.shape[1] >= LARGE_SIDE
 
 
 def _is_iterated(found: Polar) -> bool:
@@ -189,8 +229,11 @@ def _polar_express(tall: Tensor) -> Polar:
 
     In bfloat16 it would be the factor of a matrix that lies 1e-2 away, which no polish undoes.
     """
-    squared = tall.mT @ tall
-    bound = float(torch.linalg.matrix_norm(squared).sqrt())  # at least the largest singular value
+    norm = float(frobenius_norm(tall))
+    if not isfinite(norm):
+        raise _not_finite(tall)
+    scaled = tall / norm if norm else tall
+    bound = norm * float(torch.linalg.matrix_norm(scaled.mT @ scaled).sqrt())  # at least the largest singular value
     factor = tall / (bound * EASED) if bound else torch.zeros_like(tall)
     for a, b, c in POLYNOMIALS:
         factor = _quintic(factor, a / EASED, b / EASED**3, c / EASED**5)

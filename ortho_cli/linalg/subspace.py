@@ -82,7 +82,7 @@ def basis(weight: Tensor) -> Basis:
         TargetError: fewer than two dimensions, or an empty weight.
         NumericsError: a value that is not finite.
 
-    Cost: `4 m n k + 12 k^3` flops in float64, `k = min(m, n)`; memory for the weight and a few `k x k` matrices.
+    Cost: `4 m n k + 12 k^3` flops, `k = min(m, n)`; memory for the weight and a few `k x k` matrices.
 
     >>> basis(torch.tensor([[3.0, 0.0], [0.0, 2.0], [0.0, 0.0]])).values.tolist()
     [3.0, 2.0]
@@ -94,7 +94,7 @@ def basis(weight: Tensor) -> Basis:
         triangle = torch.linalg.qr(tall.double(), mode="r").R
         triangle = triangle * torch.where(triangle.diagonal() < 0, -1.0, 1.0)[:, None]
     factor = isometry(tall, spectrum)
-    return Basis(factor, spectrum.values, spectrum.vectors.to(factor.dtype), triangle.to(factor.dtype))
+    return Basis(factor, spectrum.values.double(), spectrum.vectors.to(factor.dtype), triangle.to(factor.dtype))
 
 
 def stability(previous: Tensor, current: Tensor) -> float:
@@ -130,17 +130,20 @@ def factor_stability(previous: Tensor, current: Tensor) -> float:
 
     Cost: `2 m n` flops.
 
-    >>> factor_stability(torch.eye(3), torch.eye(3)[:, [0, 2, 1]])
-    0.3333333333333333
+    >>> round(factor_stability(torch.eye(3), torch.eye(3)[:, [0, 2, 1]]), 6)
+    0.333333
     """
     if previous.shape != current.shape:
         raise TargetError(
             f"bases of shapes {tuple(previous.shape)} and {tuple(current.shape)} cannot be compared",
             hint="a weight that was factored is compared by its product",
         )
-    directions = min(round(float(frobenius_norm(factor).square())) for factor in (previous, current))
-    inner = torch.linalg.vecdot(previous, current.to(previous)).sum(dtype=torch.float64)
-    return float(inner) / directions if directions else 0.0
+    squares = [float(frobenius_norm(factor).square()) for factor in (previous, current)]
+    directions = [round(square) for square in squares]
+    if not all(directions):
+        return 0.0
+    inner = float(torch.linalg.vecdot(previous, current.to(previous)).sum(dtype=torch.float64))
+    return inner / sqrt(prod(squares)) * sqrt(max(directions) / min(directions))  # a cosine, and 1 where one is cut
 
 
 def truncated_stability(previous: Basis, current: Basis, rank: int) -> float:
@@ -214,7 +217,7 @@ def mixing_similarity(previous: Basis, current: Basis) -> float:
     """
     norms = float(previous.values.norm() * current.values.norm())
     squares = (previous.vectors.mT @ current.vectors).square()
-    inner = previous.values @ squares.to(previous.values.dtype) @ current.values
+    inner = previous.values @ squares.double() @ current.values
     return float(inner) / norms if norms else 0.0
 
 

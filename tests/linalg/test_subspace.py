@@ -12,7 +12,7 @@ from torch import Tensor
 
 import ortho_cli as ortho
 from ortho_cli.errors import NumericsError, TargetError, UsageError
-from ortho_cli.linalg.polar import METHODS, Polar, polar_factor
+from ortho_cli.linalg.polar import METHODS, Polar, polar_factor, right_spectrum
 from ortho_cli.linalg.subspace import (
     Basis,
     basis,
@@ -112,6 +112,19 @@ def test_float32_weights_up_to_a_condition_of_1e5(condition: float) -> None:
     if condition <= 1e3:  # where "auto" lets the iteration stand
         iterated = [polar_factor(weight, method="polar-express").factor for weight in (first, second)]
         assert factor_stability(*iterated) == pytest.approx(exact, abs=1e-6)
+
+
+@pytest.mark.parametrize("condition", [3.0, 15.0, 25.0, 1e3, 2e3])
+def test_large_weights_take_the_precision_they_need(condition: float) -> None:
+    """Float32 where the condition is mild, float64 beyond; one answer."""
+    first = with_condition(300, 140, condition).float()
+    second = (first + 0.01 * with_condition(300, 140, condition, seed=5)).float()
+    assert right_spectrum(first).values.dtype == (torch.float32 if condition < 20 else torch.float64)
+    assert stability(first, second) == pytest.approx(naive_stability(first, second), abs=1e-6)
+    assert stability(first, first) == pytest.approx(1.0, abs=1e-12)
+    values = torch.linalg.svdvals(first.double())
+    assert torch.allclose(basis(first).values, values, rtol=1e-4)
+    assert stability(1e-25 * first, 1e15 * second) == pytest.approx(stability(first, second), abs=1e-6)
 
 
 @pytest.mark.parametrize("route", ROUTES)
