@@ -6,6 +6,7 @@ The wrapped layer is called `fixed_linear` and HRA's vectors `hra_u`, as in the 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -90,7 +91,7 @@ def geometry(module: nn.Module) -> Geometry:
     return Geometry("linear" if plain else "opaque", found, width)
 
 
-class AdapterLayer(nn.Module):
+class AdapterLayer(nn.Module, ABC):
     """A frozen layer with one adapter on it. Attributes it lacks are those of the frozen layer at the bottom.
 
     Attributes:
@@ -115,17 +116,17 @@ class AdapterLayer(nn.Module):
                 raise
             return getattr(base_of(self), name)
 
+    @abstractmethod
     def operator(self) -> Operator:
         """What this adapter does to the weight `(out, width)` it is put on."""
-        raise NotImplementedError
 
     def adapter_parameters(self) -> list[nn.Parameter]:
         """What the adapter trains."""
         return list(self.parameters(recurse=False))
 
+    @abstractmethod
     def times(self, columns: Tensor) -> Tensor:
         """`W' columns`, for `(width, k)` columns, in the weight's type; `W'` is never formed."""
-        raise NotImplementedError
 
     def base_times(self, columns: Tensor) -> Tensor:
         """`W columns`, for the weight this adapter is put on."""

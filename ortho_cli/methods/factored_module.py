@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from abc import ABC, abstractmethod
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 __all__ = ["FactoredModule"]
 
 
-class FactoredModule(nn.Module):
+class FactoredModule(nn.Module, ABC):
     """A layer that stands for another. Attributes it lacks are those of the layer it stands for.
 
     The functions that take `parts` compute with whole tensors in the order of `factor_parameters`, which may be the
@@ -37,22 +38,22 @@ class FactoredModule(nn.Module):
                 raise
             return getattr(self._outline[0], name)
 
+    @abstractmethod
     def factor_parameters(self) -> list[nn.Parameter]:
         """What the product is made of."""
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def weight(self) -> Tensor:
         """The dense weight, multiplied out anew; differentiable."""
-        raise NotImplementedError
 
+    @abstractmethod
     def squared_norm(self, *parts: Tensor) -> Tensor:
         """The squared Frobenius norm of the product, which is not formed; 0-dimensional, differentiable."""
-        raise NotImplementedError
 
+    @abstractmethod
     def decay_gradients(self, *parts: Tensor) -> tuple[Tensor, ...]:
         """The gradient of half the squared norm for each part, in at least float32."""
-        raise NotImplementedError
 
     @torch.no_grad()
     def scale_(self, factor: Tensor) -> None:
