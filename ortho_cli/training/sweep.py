@@ -74,7 +74,7 @@ def plan_sweep(
         metric: of the evaluations, as `metrics.jsonl` names it; the last one counts, or the best where the recipe's
             `run.best` watches this metric.
         direction: "maximize" or "minimize".
-        trials: how many in all, those of earlier calls included.
+        trials: how many in all, those of earlier calls included; of machines at work on the last one each ends its own.
         sampler: "tpe", "nsgaii" (evolutionary) or "random".
         storage: a database URL; None: a file in the recipe's folder.
 

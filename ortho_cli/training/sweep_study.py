@@ -58,7 +58,7 @@ def need_optuna() -> None:
         import optuna
     except ImportError as error:
         raise UsageError("a sweep needs Optuna", hint="pip install 'ortho-cli[sweep]'") from error
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)  # what fails or stops is told once, by us
 
 
 def open_study(
