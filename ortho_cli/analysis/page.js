@@ -28,7 +28,7 @@
     if (legend) {
       Object.assign(made, { annotations: [], showlegend: true, margin: { ...made.margin, r: 14, b: 86 } });
     }
-    if (figure.meta.scale && made.margin.l > 0.4 * width) { // names would leave no room for the matrix: a touch tells them
+    if (figure.meta.scale && made.margin.l > 0.6 * width) { // names would leave no room for the matrix: a touch tells them
       Object.assign(made, { margin: { ...made.margin, l: 14 }, yaxis: { ...made.yaxis, showticklabels: false } });
     }
     return made;
