@@ -9,7 +9,7 @@ from ortho_cli.errors import UsageError
 
 from .stability import Change
 
-__all__ = ["LayerAdvice", "advice_text", "advise"]
+__all__ = ["LayerAdvice", "advice_text", "advise", "check_rule"]
 
 
 @dataclass(frozen=True)
@@ -50,14 +50,23 @@ def advise(changes: Sequence[Change], *, threshold: float = 0.95, patience: int 
     Raises:
         UsageError: values that make no sense.
     """
-    if not 0 < threshold <= 1 or patience < 1:
-        raise UsageError(
-            f"--threshold {threshold:g} --patience {patience}: a stability in (0, 1], and at least one comparison"
-        )
+    check_rule(threshold, patience)
     series: dict[str, list[Change]] = {}
     for change in changes:
         series.setdefault(change.layer, []).append(change)
     return [_advise_layer(sorted(found, key=lambda c: c.step), threshold, patience) for found in series.values()]
+
+
+def check_rule(threshold: float, patience: int) -> None:
+    """Refuse a rule that makes no sense.
+
+    Raises:
+        UsageError: with what was expected.
+    """
+    if not 0 < threshold <= 1 or patience < 1:
+        raise UsageError(
+            f"--threshold {threshold:g} --patience {patience}: a stability in (0, 1], and at least one comparison"
+        )
 
 
 def advice_text(advice: Sequence[LayerAdvice], threshold: float, patience: int) -> str:

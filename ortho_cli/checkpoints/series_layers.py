@@ -42,7 +42,7 @@ __all__ = [
 Shape = tuple[int, ...]
 OPT_IN = ("embedding", "position", "row")
 POSITIONS = re.compile(r"pos(ition)?_?(embed|emb|ition)|relative_position|rel_pos|wpe|embed_positions")
-EMBEDDINGS = re.compile(r"(^|\.)(tok(en)?|word)_?emb|(^|\.)emb(edding)?s?$")
+EMBEDDINGS = re.compile(r"(^|\.)(tok(en)?|word)_?emb|(^|\.)emb(ed|edding)?s?$")
 # A file that sorts its names says nothing of the order of layers; these come first and last in nearly every model.
 FIRST = re.compile(r"embed|stem|conv_in|wte|wpe|token|(^|\.)conv1(\.|$)")
 LAST = re.compile(r"(^|\.)(head|heads|lm_head|classifier|score|fc|output|conv_out|proj_out|pooler)(\.|$)")

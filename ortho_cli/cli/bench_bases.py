@@ -67,14 +67,22 @@ def bench_stability(
     found = measure_series_commands(checkpoints=checkpoints, blocks=blocks, width=width, rounds=rounds, folder=folder)
     if as_json:
         details = [timing.as_dict() for timing in found.timings]
-        print_json({"command": "bench stability", "details": details, "largest_difference": found.largest_difference})
+        print_json(
+            {
+                "command": "bench stability",
+                "details": details,
+                "largest_difference": found.largest_difference,
+                "unresolved": found.unresolved,
+            }
+        )
         return
     rows = [
         (timing.name, f"{timing.median:.2f}", f"{1 / timing.ratio:.2f}", f"{timing.peak_bytes / 2**20:.0f}")
         for timing in found.timings
     ]
     table(console_out(), ["command", "median s", "x faster", "peak MiB"], rows)
-    table(console_out(), None, [("largest difference of a value", f"{found.largest_difference:.1e}")])
+    told = [("largest difference of a value", f"{found.largest_difference:.1e}"), ("not compared", found.unresolved)]
+    table(console_out(), None, told)
 
 
 def _shapes(text: str) -> list[tuple[int, int]]:

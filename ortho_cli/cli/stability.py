@@ -115,6 +115,7 @@ def analyze_stability(
     from ortho_cli.analysis.limits import Limits
     from ortho_cli.analysis.report import parse_formats
     from ortho_cli.analysis.report_folder import check_folder, write_folder
+    from ortho_cli.analysis.stability_advice import check_rule
     from ortho_cli.analysis.stability_cache import cache_folder
     from ortho_cli.analysis.stability_plan import plan_stability
     from ortho_cli.analysis.stability_report import MARK, read_changes, stability_report
@@ -123,6 +124,7 @@ def analyze_stability(
     from ortho_cli.cli.show import print_json
 
     kinds, limits = parse_formats(formats), Limits("stability", fail_above, fail_below)
+    check_rule(threshold, patience)
     notes: Sequence[str] = ()
     if len(series) == 1 and series[0].endswith(".csv"):
         check_folder(output, [Path(series[0])], MARK, force=force)

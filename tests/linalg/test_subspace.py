@@ -121,7 +121,7 @@ def test_large_weights_take_the_precision_they_need(condition: float) -> None:
     second = (first + 0.01 * with_condition(300, 140, condition, seed=5)).float()
     assert right_spectrum(first).values.dtype == (torch.float32 if condition < 20 else torch.float64)
     assert stability(first, second) == pytest.approx(naive_stability(first, second), abs=1e-6)
-    assert stability(first, first) == pytest.approx(1.0, abs=1e-12)
+    assert stability(first, first) == pytest.approx(1.0, abs=1e-7)
     values = torch.linalg.svdvals(first.double())
     assert torch.allclose(basis(first).values, values, rtol=1e-4)
     assert stability(1e-25 * first, 1e15 * second) == pytest.approx(stability(first, second), abs=1e-6)
