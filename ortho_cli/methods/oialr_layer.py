@@ -81,7 +81,7 @@ class SettlingLayer:
         if hasattr(found, "full_tensor"):
             raise UsageError(
                 "oialr changes the shapes of weights, which sharded ones (FSDP) cannot take",
-                hint="use DDP: what its frozen bases save is most of what sharding would",
+                hint="use DDP, where frozen bases save the gradients and moments that sharding would spread",
             )
         return found
 

@@ -16,6 +16,7 @@ TRAINING = [name for name in shipped() if isinstance(load_any(name), TrainRecipe
 # Parameters of the model and of those that train; for a matrix in its first cell.
 RESNET20 = 269_722 - 2 * 3 * 3 * 16  # the literature's count, with one channel in place of three
 VIT = 201_418
+SMALL_VIT = 101_834  # of two blocks in place of four
 HRA = 4 * 16 * (64 + 64 + 64 + 256)  # 16 reflections on the inputs of the four layers of each of four blocks
 HEAD = 65 * 10
 COUNTS = {
@@ -26,6 +27,11 @@ COUNTS = {
     "digits-vit-comparison": (VIT, VIT),
     "digits-vit-hra-finetune": (VIT, HRA + HEAD),
     "digits-vit-hra-matrix": (VIT, HRA + HEAD),
+    "digits-vit-oialr": (SMALL_VIT, SMALL_VIT),  # nothing is frozen before a basis has settled
+    "digits-vit-oialr-comparison": (SMALL_VIT, SMALL_VIT),
+    "cifar10-minivit": (42_684_682, 42_684_682),  # timm's count
+    "cifar10-minivit-oialr": (42_684_682, 42_684_682),
+    "imagenet-vit-b16-oialr": (86_567_656, 86_567_656),
     "cifar10-resnet110-gor": (1_795_064, 1_795_064),  # the paper's model with its head of 1000 outputs
 }
 
