@@ -72,6 +72,9 @@ class TrainRecipe(Section):
             if method.name in first and method.once:
                 yield ("methods", index), f"{method.name} is already methods.{first[method.name]}; a recipe has it once"
             first.setdefault(method.name, index)
+            if method.name == "distill" and method.alpha and self.task.label_smoothing:
+                reason = "the labels' share of methods.distill is of plain cross-entropy; give 0 here, or alpha 0 there"
+                yield ("task", "label_smoothing"), reason
         yield from matrix_problems(recipe_data(self, given_only=True))
 
 

@@ -136,6 +136,18 @@ def test_sections_that_are_missing(tmp_path: Path) -> None:
     assert errors(path) == [f"1: {key}: missing" for key in ("model", "data", "optimizer", "train", "run")]
 
 
+def test_the_teachers_share_is_of_plain_cross_entropy(tmp_path: Path) -> None:
+    """Taken from a smoothed loss, the share of plain cross-entropy would cancel the labels, or reverse them."""
+    method = "methods: [{name: distill, teacher: x, alpha: %s}]\n"
+    smoothed = written(tmp_path, method % 0.9, task="{name: classify, label_smoothing: 0.1}")
+    assert errors(smoothed) == [
+        "2: task.label_smoothing: the labels' share of methods.distill is of plain cross-entropy; give 0 here, or"
+        " alpha 0 there"
+    ]
+    load_train(smoothed, ["task.label_smoothing=0"])
+    load_train(smoothed, ["methods.distill.alpha=0", "methods.distill.attention=[layer1]"])
+
+
 def test_the_hint_and_the_place(tmp_path: Path) -> None:
     path = written(tmp_path, train="{}")
     with pytest.raises(RecipeError) as caught:
