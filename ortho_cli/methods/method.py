@@ -22,7 +22,7 @@ class Context:
     task: str
     base: str | None
     build: Callable[[Any], nn.Module] | None = None
-    """Makes another model for the task, such as a teacher, from a `model` section; None in a dry run."""
+    """Makes another model for the task, such as a teacher, from a `model` section; None where nothing trains."""
 
 
 class Method:

@@ -71,7 +71,11 @@ class Run(Section):
     dir: Text = Field(description="The run's folder; a matrix puts one folder a cell into it.")
     save_every: Count | None = Field(default=None, description="Epochs between checkpoints; null: not by epochs.")
     save_every_steps: Count | None = Field(default=None, description="Steps between checkpoints; null: not by steps.")
-    keep: Literal["all"] | Count = Field(default=2, description="How many of the last checkpoints stay, or all.")
+    keep: Literal["all"] | Count | None = Field(
+        default=None,
+        description="How many of the last checkpoints stay, or all; null: 2, or all where the stability of bases is "
+        "tracked (oialr, track_stability).",
+    )
     best: Best | None = Field(default=None, description="Keep the best checkpoint as checkpoints/best; null: do not.")
     trackers: tuple[
         Literal["tensorboard", "wandb", "trackio", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab"], ...

@@ -9,7 +9,7 @@ import shlex
 from collections.abc import Iterable, Iterator
 from os import PathLike
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -40,6 +40,9 @@ MAY_CHANGE = frozenset({
 })  # fmt: skip
 MAY_GROW = frozenset({"train.epochs", "train.steps"})
 
+KEEP_ALL = frozenset({"oialr", "track_stability"})  # what they find is seen in a series of checkpoints
+KEPT = 2
+
 HINT = "all keys: ortho recipe schema --verb train"
 MAX_REFUSED = 20  # cells of a matrix that are looked into; one wrong value spoils many
 
@@ -61,6 +64,13 @@ class TrainRecipe(Section):
         min_length=1,
         description="Lists of values by key (train.seed, or several keys with commas): every combination is one run.",
     )
+
+    @property
+    def kept(self) -> int | Literal["all"]:
+        """How many of the last checkpoints stay: `run.keep`, or what its null stands for."""
+        if self.run.keep is not None:
+            return self.run.keep
+        return "all" if any(method.name in KEEP_ALL for method in self.methods) else KEPT
 
     def problems(self) -> Iterator[Rejection]:
         """Rules between the sections."""

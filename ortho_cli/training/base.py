@@ -19,7 +19,7 @@ from ortho_cli.methods.load import hold_reflections
 
 from .run_folder import RECIPE, best_or_last
 
-__all__ = ["load_base", "open_base"]
+__all__ = ["is_gone", "load_base", "open_base"]
 
 
 def open_base(base: str) -> tuple[Checkpoint, dict[str, TensorInfo]]:
@@ -41,6 +41,15 @@ def open_base(base: str) -> tuple[Checkpoint, dict[str, TensorInfo]]:
         **checkpoint.tensors,
         **(open_checkpoint(averaged).tensors if averaged.is_file() else {}),
     }
+
+
+def is_gone(base: str) -> bool:
+    """Whether a base cannot be opened any more. A state that was saved since has all that was read from it."""
+    try:
+        open_base(base)
+    except CheckpointError:
+        return True
+    return False
 
 
 def load_base(model: nn.Module, base: str) -> list[str]:

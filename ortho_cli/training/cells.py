@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
-from ortho_cli.errors import UsageError, check_choice
+from ortho_cli.errors import NumericsError, UsageError, check_choice
 from ortho_cli.recipe.train import MAY_GROW, TrainRecipe, cell_recipes, load_train
 
 from .debug_run import KINDS, debug_recipe
@@ -46,6 +46,7 @@ def run_recipe(
 
     Raises:
         UsageError: a cell that does not exist, or a cell without a matrix.
+        NumericsError: cells diverged; the others were carried out.
         OrthoError: as `run.train`.
     """
     recipe = load_train(source, sets)
@@ -58,15 +59,24 @@ def run_recipe(
         if recipe.matrix is None:
             with observe("train") as view:
                 return [train(recipe, resume=resume, force=force, observer=view)]
-        outcomes = []
+        outcomes, failed = [], []
         for one, own in found if cell is None else [found[cell]]:
             outcome = None if force else _finished(Path(own.run.dir), own)
             if outcome is None:
                 started = (Path(own.run.dir) / RECIPE).is_file() and not force
-                with observe(one.name) as view:
-                    outcome = train(own, resume=started, force=force, observer=view, name=one.name)
+                try:
+                    with observe(one.name) as view:
+                        outcome = train(own, resume=started, force=force, observer=view, name=one.name)
+                except NumericsError as error:
+                    failed.append(f"{one.name}: {error.message}")  # the others of a matrix do not depend on it
+                    continue
             outcomes.append(outcome)
             write_table(Path(recipe.run.dir), [other for other, _ in found])
+        if failed:
+            raise NumericsError(
+                f"{len(failed)} of {len(outcomes) + len(failed)} cells diverged: {'; '.join(failed)}",
+                hint=f"the others are done, see {recipe.run.dir}; change these values in the matrix",
+            )
         return outcomes
     finally:
         leave()

@@ -1,4 +1,7 @@
-"""An exponential moving average of the weights that train, in float32, swapped in for evaluation."""
+"""An exponential moving average of the weights that train, in float32, swapped in for evaluation.
+
+The statistics of batch norm are averaged with them: those of other weights would spoil what is judged.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 
 __all__ = ["Average"]
 
@@ -33,9 +37,7 @@ class Average:
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Take one step's weights in; parameters seen for the first time, or resized, start at their value."""
-        weights = {
-            name: parameter.detach().float() for name, parameter in model.named_parameters() if parameter.requires_grad
-        }
+        weights = {name: tensor.detach().float() for name, tensor in _averaged(model)}
         known = [name for name, weight in weights.items() if _shape(self.values.get(name)) == weight.shape]
         held = [self.values[name] for name in known]
         if held:
@@ -46,17 +48,27 @@ class Average:
     @contextmanager
     def swapped(self, model: nn.Module) -> Iterator[None]:
         """The model with averaged weights while the block runs."""
-        parameters = {name: parameter for name, parameter in model.named_parameters() if name in self.values}
-        own = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+        tensors = {name: tensor for name, tensor in _averaged(model) if name in self.values}
+        own = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(self.values[name])
+            for name, tensor in tensors.items():
+                tensor.copy_(self.values[name])
         try:
             yield
         finally:
             with torch.no_grad():
-                for name, parameter in parameters.items():
-                    parameter.copy_(own[name])
+                for name, tensor in tensors.items():
+                    tensor.copy_(own[name])
+
+
+def _averaged(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """What trains, and the running statistics of norms, by name."""
+    yield from ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
+    for prefix, module in model.named_modules():
+        if isinstance(module, _NormBase):
+            for name, buffer in module.named_buffers(prefix, recurse=False):
+                if buffer.is_floating_point():
+                    yield name, buffer
 
 
 def _shape(tensor: Tensor | None) -> torch.Size | None:

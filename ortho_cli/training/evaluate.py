@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -60,12 +61,13 @@ def evaluate_run(
     check_choice("--split", split, SPLITS)
     run = open_run(folder)
     _check_sets(sets)
-    recipe = load_train(folder / RECIPE, [*sets, *(["data.augment=[]"] if split == "train" else [])])
+    whole = ["train.limit_batches=null"]  # the run's limit was for its own time; this one may be set
+    recipe = load_train(folder / RECIPE, [*whole, *sets, *(["data.augment=[]"] if split == "train" else [])])
     judge = _judge(recipe.task.name)
     known = [*judge.own, *judge.metrics] if judge else [name[5:] for name in run.metrics if name.startswith("eval/")]
     wanted = known if metrics is None else _wanted(metrics, known)
     state = find_checkpoint(folder, checkpoint)
-    session = open_session(recipe)
+    session = open_session(recipe, judging=True)
     restore_for_judging(session, state)
     found, outputs, targets = _outputs(session, split, judge.target if judge else "")
     order = [name for name in known if name in found] + [name for name in found if name not in known]
@@ -164,10 +166,7 @@ def _batches(session: Session, split: str) -> Iterator[Batch]:
         samples = session.task.dataset("train")
         order, parts = torch.arange(len(samples)), eval_parts(len(samples), batch, rank, world)
         found = load_batches(samples, order, parts, 0, data.workers)
-    for index, one in enumerate(found):
-        if limit is not None and index >= limit:
-            return
-        yield one
+    yield from islice(found, limit)
 
 
 def _judge(task: str) -> Judge[Any] | None:

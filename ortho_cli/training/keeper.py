@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from ortho_cli.checkpoints.output import atomic
 from ortho_cli.errors import RecipeError
 
-from .log import JsonLines, finite
+from .log import JsonLines, finite, read_lines
 from .loop import Counters
 from .processes import agreed, on_main, own_place
 from .session import Session, prepare_training
@@ -34,6 +35,8 @@ from .state import BEST, checkpoint_steps, load_tensors, read_state, save_state,
 from .window import Window, check_number
 
 __all__ = ["Keeper", "evaluate_model"]
+
+PLACE = ("step", "epoch", "samples")  # in every line of metrics.jsonl
 
 
 class Keeper:
@@ -123,7 +126,7 @@ class Keeper:
         """One line of metrics, to the log, the trackers and whoever looks on."""
         counters = self.counters
         self.last_metrics |= finite(values)
-        where = {"step": counters.step, "epoch": counters.epoch, "samples": counters.samples}
+        where = {name: getattr(counters, name) for name in PLACE}
         if self._metrics is not None:
             self._metrics.write({**where, **dict(sorted(values.items()))})  # one order, resumed or not
         self.session.accelerator.log(values, step=counters.step)
@@ -183,8 +186,9 @@ class Keeper:
             if log is not None:
                 log.sync()  # a checkpoint never outlives the lines that led to it
         save_state(run / "checkpoints" / name if name else step_folder(run, step), snapshot)
-        if self.session.recipe.run.keep != "all":
-            for old in checkpoint_steps(run)[: -self.session.recipe.run.keep]:
+        kept = self.session.recipe.kept
+        if kept != "all":
+            for old in checkpoint_steps(run)[:-kept]:
                 shutil.rmtree(step_folder(run, old))
 
     def restore(self, folder: Path) -> None:
@@ -203,6 +207,10 @@ class Keeper:
         self.counters = Counters(**state["counters"])
         self.window.load_state(state["window"])
         self._resumed_at = self.counters.step
+        log = session.folder / "metrics.jsonl"
+        for line in read_lines(log) if session.is_main and log.is_file() else ():
+            if line["step"] <= self.counters.step:  # what a run that is finished already ends with
+                self.last_metrics |= {name: value for name, value in line.items() if name not in PLACE}
 
 
 def _due(counters: Counters, epochs: int | None, steps: int | None) -> bool:
@@ -226,7 +234,7 @@ def evaluate_model(session: Session) -> dict[str, float]:
     with session.for_judging() as model:
         found = session.task.evaluate(
             model,
-            (session.on_device(batch) for index, batch in enumerate(batches) if limit is None or index < limit),
+            map(session.on_device, islice(batches, limit)),
             reduce=lambda tensor: accelerator.reduce(tensor, "sum"),
         )
     return {name: float(value) for name, value in found.items()}

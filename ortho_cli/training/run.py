@@ -148,6 +148,23 @@ def _stop_signals(keeper: Keeper) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+@contextmanager
+def _set_aside(target: Path) -> Iterator[None]:
+    """Make room for a new export; the earlier one comes back if it fails."""
+    old = target.with_name(f".{target.name}.old")
+    if target.exists():
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
+    try:
+        yield
+    except BaseException:
+        if old.exists():
+            shutil.rmtree(target, ignore_errors=True)
+            old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def _export(session: Session, folder: Path) -> list[str]:
     """What the methods leave behind, as it was judged: with averaged weights where there are any."""
     written: list[str] = []
@@ -155,9 +172,8 @@ def _export(session: Session, folder: Path) -> list[str]:
         with session.for_judging():
             for name, method in session.named_methods.items():
                 with own_place(session.accelerator, folder / "export" / name) as target:
-                    if target.exists():
-                        shutil.rmtree(target)
-                    method.export(session.model, target)
+                    with _set_aside(target):
+                        method.export(session.model, target)
                     if target.exists():
                         written.append(str(target))
     session.accelerator.wait_for_everyone()

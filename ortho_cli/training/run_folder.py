@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ __all__ = ["OUTCOME", "RECIPE", "begin", "best_or_last", "check_folder", "check_
 
 RECIPE, OUTCOME = "recipe.yaml", "outcome.json"
 # Everything a run writes, and nothing else, goes when it is begun anew.
+SOURCES = ("base", "adapter", "teacher")  # keys of weights to start from
 WRITTEN = (
     RECIPE, OUTCOME, "metrics.jsonl", "timing.jsonl", "checkpoints", "export", "samples", "trackers", "report.html",
     "figures", "evaluation", "README.md", "trace.json", "profile.txt",
@@ -28,19 +29,43 @@ def check_folder(folder: Path, recipe: Any, *, resume: bool, force: bool) -> Non
     """Refuse a folder that holds something, unless told what to do with it; nothing is changed.
 
     Raises:
-        OutputError: it exists and neither `resume` nor `force` was given; there is nothing to resume; or the recipe is
-            another one.
+        OutputError: it exists and neither `resume` nor `force` was given; there is nothing to resume; the recipe is
+            another one; or `force` would remove what the run starts from.
     """
     existing_parent(folder)
     if resume:
         if not (folder / RECIPE).is_file():
             raise OutputError(f"{folder} holds no run, so there is nothing to resume", hint="start it without --resume")
         check_same_recipe(folder, recipe)
-    elif folder.exists() and not force and (not folder.is_dir() or any(folder.iterdir())):
+    elif force:
+        _check_own_source(folder, recipe)
+    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise OutputError(
             f"run folder exists: {folder}",
             hint="go on with --resume, begin anew with --force, or --set run.dir=OTHER",
         )
+
+
+def _check_own_source(folder: Path, recipe: Any) -> None:
+    """Refuse to remove a folder that holds the weights to start from."""
+    own = folder.resolve()
+    for source in _sources(recipe.model_dump()):
+        path = Path(source).expanduser().resolve()
+        if path.exists() and (path == own or own in path.parents):
+            raise OutputError(
+                f"--force would remove {source}, which the run starts from",
+                hint="write the run elsewhere: --set run.dir=OTHER",
+            )
+
+
+def _sources(section: Any) -> Iterator[str]:
+    """The weights that a recipe names, in every section."""
+    items = section.items() if isinstance(section, Mapping) else enumerate(section)
+    for key, value in items:
+        if key in SOURCES and isinstance(value, str):
+            yield value
+        elif isinstance(value, (Mapping, list, tuple)):
+            yield from _sources(value)
 
 
 def check_same_recipe(folder: Path, recipe: Any) -> list[str]:

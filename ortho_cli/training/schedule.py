@@ -52,8 +52,12 @@ def constant() -> Schedule:
 
 
 def linear(total: int, warmup: int = 0) -> Schedule:
-    """From 1 at the end of warm-up to 0 at `total`."""
-    return lambda step: max(0.0, (total - max(step, warmup)) / max(1, total - warmup))
+    """From 1 at the end of warm-up to 0 at `total`; 1 to the end where warm-up lasts as long.
+
+    >>> [linear(4, 2)(step) for step in range(5)], linear(2, 3)(1)
+    ([1.0, 1.0, 1.0, 0.5, 0.0], 1.0)
+    """
+    return lambda step: 1.0 if step < warmup else max(0.0, (total - step) / max(1, total - warmup))
 
 
 def cosine(total: int, warmup: int = 0, floor: float = 0.0, k_decay: float = 1.0) -> Schedule:

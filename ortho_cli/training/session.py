@@ -24,7 +24,7 @@ from ortho_cli.methods.load import hold_reflections
 from ortho_cli.methods.method import Context, Method
 from ortho_cli.tasks.task import Task
 
-from .base import load_base, open_base
+from .base import is_gone, load_base, open_base
 from .ema import Average
 from .optimizers import build_optimizer, keep_moments, parameter_groups, set_learning_rate
 from .processes import open_accelerator
@@ -104,8 +104,11 @@ class Session:
         return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
 
 
-def open_session(recipe: Any, accelerator: Accelerator | None = None) -> Session:
+def open_session(recipe: Any, accelerator: Accelerator | None = None, *, judging: bool = False) -> Session:
     """Build task, model and methods of a recipe; no optimizer yet (see `prepare_training`).
+
+    With `judging` a saved state follows and nothing is trained: what the run learnt from (a teacher, recorded norms)
+    is not read, and a base that has gone is not missed.
 
     Raises:
         OrthoError: what `open_accelerator`, the data, the base or a method's targets may raise.
@@ -115,13 +118,13 @@ def open_session(recipe: Any, accelerator: Accelerator | None = None) -> Session
         torch.set_num_threads(recipe.train.threads)
     torch.manual_seed(recipe.train.seed)
     task = registry.resolve("tasks", recipe.task.name)(recipe.task, recipe.data, seed=recipe.train.seed)
-    model, left_over = build_model(recipe, task)
+    model, left_over = build_model(recipe, task, judging=judging)
     steps_per_epoch = min(task.steps_per_epoch, recipe.train.limit_batches or task.steps_per_epoch)
     total = recipe.train.steps or recipe.train.epochs * steps_per_epoch
     methods = [registry.resolve("methods", config.name)(config) for config in recipe.methods]
     context = Context(
         recipe.train.seed, total, recipe.task.name, recipe.model.base,
-        lambda section: build_model(recipe.model_copy(update={"model": section}), task)[0],
+        None if judging else lambda section: build_model(recipe.model_copy(update={"model": section}), task)[0],
     )  # fmt: skip
     for method in methods:
         method.prepare(model, context)
@@ -136,7 +139,7 @@ def open_session(recipe: Any, accelerator: Accelerator | None = None) -> Session
     return session
 
 
-def build_model(recipe: Any, task: Any) -> tuple[nn.Module, list[str]]:
+def build_model(recipe: Any, task: Any, *, judging: bool = False) -> tuple[nn.Module, list[str]]:
     """The recipe's model with the weights of `model.base` where it names one, and what that base has beyond them.
 
     Raises:
@@ -147,7 +150,7 @@ def build_model(recipe: Any, task: Any) -> tuple[nn.Module, list[str]]:
     left_over: list[str] = []
     if recipe.model.name == "hf-image":  # is its base, and loads it itself, but for an adapter that the base holds
         hold_reflections(inner_model(model), open_base(recipe.model.base)[0])
-    elif recipe.model.base is not None:
+    elif recipe.model.base is not None and not (judging and is_gone(recipe.model.base)):
         left_over = load_base(model, recipe.model.base)
     if recipe.train.checkpoint_gradients:
         recompute_activations(model)

@@ -85,8 +85,11 @@ def check_finite(model: nn.Module, snapshot: Snapshot, step: int) -> None:
     """Refuse a state that training would not come back from.
 
     Raises:
-        NumericsError: weights that train, or the optimizer's moments, are not finite.
+        NumericsError: weights that train or the optimizer's moments are not finite, or a buffer is not a number.
     """
+    for name, buffer in model.named_buffers():
+        if name in snapshot.model and buffer.is_floating_point() and bool(snapshot.model[name].isnan().any()):
+            raise NumericsError(f"{name} is not a number after step {step}")
     for name in (name for name, parameter in model.named_parameters() if parameter.requires_grad):
         if not bool(snapshot.model[name].isfinite().all()):
             raise NumericsError(f"weight {name} is not finite after step {step}")
@@ -157,9 +160,9 @@ def load_methods(methods: list[Method], saved: Mapping[str, Any], moments: Mappi
 
 
 def held_as_parameters(model: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Whole tensors, named as parameters, placed and sharded as those are."""
-    parameters = dict(model.named_parameters())
-    return {name: as_held(value, parameters[name]) for name, value in tensors.items()}
+    """Whole tensors, named as parameters and buffers, placed and sharded as those are."""
+    held = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    return {name: as_held(value, held[name]) for name, value in tensors.items()}
 
 
 def as_held(value: Tensor, like: Tensor) -> Tensor:
