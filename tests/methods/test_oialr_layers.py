@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import importlib
 from typing import Any
 
 import pytest
@@ -112,3 +114,11 @@ def test_axes_of_a_kernel_in_the_rows() -> None:
     assert torch.equal(Matricization("conv", (4, 6, 3, 2), row_axes=0).to_matrix(weight), weight.flatten(1))
     with pytest.raises(TargetError, match="no 3 axes"):
         Matricization("conv", (4, 6, 3, 2), row_axes=3)
+
+
+@pytest.mark.parametrize("module", [
+    "basis_layers", "oialr_model", "oialr_moments", "oialr_ranks", "oialr_select", "projected_attention",
+])  # fmt: skip
+def test_examples(module: str) -> None:
+    found = doctest.testmod(importlib.import_module(f"ortho_cli.methods.{module}"))
+    assert found.attempted and not found.failed
