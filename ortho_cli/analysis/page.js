@@ -9,9 +9,10 @@
     const { ink } = themes[dark.matches ? "dark" : "light"];
     const axis = { gridcolor: ink.grid, linecolor: ink.grid, tickfont: { color: ink.faint }, ticks: "", automargin: true };
     const legend = figure.meta.labelled && width < NARROW;
+    const lines = figure.data.filter((trace) => trace.showlegend !== false).length;
     const made = {
       ...figure.layout,
-      height: figure.meta.height + (legend ? 40 : 0),
+      height: figure.meta.height + (legend ? 20 * lines : 0),
       paper_bgcolor: "rgba(0,0,0,0)",
       plot_bgcolor: "rgba(0,0,0,0)",
       font: { family: font, size: 12.5, color: ink.text },
@@ -26,9 +27,9 @@
       if (made[name].title) made[name].title = { ...made[name].title, font: { size: 12.5, color: ink.faint } };
     }
     if (legend) {
-      Object.assign(made, { annotations: [], showlegend: true, margin: { ...made.margin, r: 14, b: 86 } });
+      Object.assign(made, { annotations: [], showlegend: true, margin: { ...made.margin, r: 14, b: 52 + 20 * lines } });
     }
-    if (figure.meta.scale && made.margin.l > 0.6 * width) { // names would leave no room for the matrix: a touch tells them
+    if (figure.meta.scale && made.margin.l > (width < NARROW ? 0.4 : 0.6) * width) { // names would leave no room for the matrix: a touch tells them
       Object.assign(made, { margin: { ...made.margin, l: 14 }, yaxis: { ...made.yaxis, showticklabels: false } });
     }
     return made;

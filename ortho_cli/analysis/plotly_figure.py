@@ -59,7 +59,7 @@ def _curves(figure: Curves) -> dict[str, Any]:
         },
         "annotations": notes,
         "showlegend": False,
-        "legend": {"orientation": "h", "y": -0.28, "x": 0},
+        "legend": {"orientation": "h", "yref": "container", "y": 0, "yanchor": "bottom", "x": 0},
     }  # fmt: skip
     return {"data": traces, "layout": layout, "meta": {"height": CURVE_HEIGHT, "labelled": bool(notes)}}
 

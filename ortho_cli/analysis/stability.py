@@ -8,8 +8,7 @@ is linear in the checkpoints, whatever the number of lags.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
+from dataclasses import asdict
 from typing import NamedTuple
 
 import torch
@@ -19,7 +18,6 @@ from ortho_cli.checkpoints.layer_pool import LayerPool
 from ortho_cli.checkpoints.series import Entry
 from ortho_cli.checkpoints.series_layers import SeriesLayer, read_flat
 from ortho_cli.errors import NumericsError, UsageError
-from ortho_cli.linalg.polar import RESOLVED
 from ortho_cli.linalg.ranks import energy_rank
 from ortho_cli.linalg.subspace import (
     Basis,
@@ -33,64 +31,12 @@ from ortho_cli.linalg.subspace import (
 )
 
 from .stability_cache import ResultCache
+from .stability_change import Change
 
-__all__ = ["COLUMNS", "Change", "Pair", "Pieces", "measure_series", "plan_pairs", "whole_layer"]
+__all__ = ["Pair", "Pieces", "measure_series", "plan_pairs", "whole_layer"]
 
 Pieces = Callable[[SeriesLayer, Tensor], "list[tuple[str, Tensor]]"]
 """The matrices of a layer that are measured on their own, by name."""
-
-
-@dataclass(frozen=True)
-class Change:
-    """A layer in a checkpoint, compared with an earlier one: a row of `stability.csv`.
-
-    Attributes:
-        layer: its name.
-        kind: `linear`, `conv`, ...
-        step: of the checkpoint.
-        reference_step: of the one it is compared with; None for a file that tells none.
-        lag: how many checkpoints lie from the reference to it; None for a reference outside the series.
-        rows, cols: of the matrix.
-        stability: mean cosine of the directions of both bases.
-        noise_floor: standard deviation of the stability of independent weights.
-        sigma_min, sigma_max: the smallest and largest singular value at `step`.
-        r_distance, r_similarity: of R, with a positive diagonal.
-        mixing_similarity: cosine of the polar factors H.
-        rank_90, rank_99: components that hold that share of `||W||_F^2` at `step`.
-        top_stability, top_overlap: of the leading `--top-rank` directions alone.
-    """
-
-    layer: str
-    kind: str
-    step: int
-    reference_step: int | None
-    lag: int | None
-    rows: int
-    cols: int
-    stability: float
-    noise_floor: float
-    sigma_min: float
-    sigma_max: float
-    r_distance: float
-    r_similarity: float
-    mixing_similarity: float
-    rank_90: int
-    rank_99: int
-    top_stability: float | None = None
-    top_overlap: float | None = None
-
-    @property
-    def parameters(self) -> int:
-        """Entries of the weight."""
-        return self.rows * self.cols
-
-    @property
-    def is_resolved(self) -> bool:
-        """Whether the weight has full rank at `step`; if not, the stability is that of the directions it has."""
-        return self.sigma_min > RESOLVED * self.sigma_max
-
-
-COLUMNS = tuple(name for name in Change.__dataclass_fields__ if not name.startswith("top_"))
 
 
 class Pair(NamedTuple):
@@ -180,7 +126,7 @@ def measure_series(
 
     def compute(name: str) -> dict[Pair, list[Change]]:
         with torch.inference_mode():  # per thread
-            return _measure_layer(by_name[name], entries, due[name], partial(_split, pieces), top_rank, device)
+            return _measure_layer(by_name[name], entries, due[name], pieces, top_rank, device)
 
     wanted = [layer for layer in layers if due[layer.name]]
     sizes = {layer.name: _bytes_read(layer, due[layer.name]) for layer in wanted}
@@ -199,7 +145,7 @@ def _measure_layer(
     layer: SeriesLayer,
     entries: Sequence[Entry],
     pairs: Sequence[Pair],
-    split: Callable[[SeriesLayer, Tensor], Mapping[str, Tensor]],
+    pieces: Pieces,
     top_rank: int | None,
     device: str,
 ) -> dict[Pair, list[Change]]:
@@ -212,7 +158,7 @@ def _measure_layer(
             if place not in held:
                 weight = read_flat(layer, place, entries[place])
                 held[place] = {
-                    name: _basis(name, piece.to(device), entries[place]) for name, piece in split(layer, weight).items()
+                    name: _basis(name, piece.to(device), entries[place]) for name, piece in pieces(layer, weight)
                 }
         found[pair] = [
             _change(name, layer.kind, held[pair.reference][name], now, top_rank, entries, pair)
@@ -221,10 +167,6 @@ def _measure_layer(
         for place in [place for place in held if last[place] <= number]:
             del held[place]
     return found
-
-
-def _split(pieces: Pieces, layer: SeriesLayer, matrix: Tensor) -> dict[str, Tensor]:
-    return dict(pieces(layer, matrix))
 
 
 def _basis(name: str, matrix: Tensor, entry: Entry) -> Basis:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ortho_cli.errors import UsageError
 
-from .stability import Change
+from .stability_change import Change
 
 __all__ = ["LayerAdvice", "advice_text", "advise", "check_rule"]
 

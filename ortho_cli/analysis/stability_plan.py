@@ -14,8 +14,9 @@ from ortho_cli.checkpoints.series_layers import SeriesLayer, series_layers
 from ortho_cli.errors import UsageError
 
 from .attention_pieces import AttentionPieces
-from .stability import Change, Pair, measure_series, plan_pairs
+from .stability import Pair, measure_series, plan_pairs
 from .stability_cache import ResultCache
+from .stability_change import Change
 
 __all__ = ["StabilityPlan", "plan_stability"]
 

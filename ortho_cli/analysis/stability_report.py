@@ -13,8 +13,8 @@ from typing import Any
 from ortho_cli.errors import CheckpointError
 
 from .report import Fact, Report
-from .stability import COLUMNS, Change
 from .stability_advice import LayerAdvice, advice_text, advise
+from .stability_change import COLUMNS, Change
 from .stability_figures import (
     basis_and_mixing,
     change_map,

@@ -122,7 +122,9 @@ def analyze_stability(
     from ortho_cli.checkpoints.layer_pool import default_workers
     from ortho_cli.cli.progress import byte_bar
     from ortho_cli.cli.show import print_json
+    from ortho_cli.methods.side_by_side import check_device
 
+    check_device(device)
     kinds, limits = parse_formats(formats), Limits("stability", fail_above, fail_below)
     check_rule(threshold, patience)
     notes: Sequence[str] = ()

@@ -13,7 +13,7 @@
 | `ranks.py`, `budget.py` | which rank a layer gets; the ranks of all layers for one budget |
 | `product.py`, `frobenius.py`, `heads.py` | factored products: measured, balanced, decayed; those of attention |
 | `tensor.py`, `tensor_train.py` | a weight as a tensor train or a Tucker form, and computing with it |
-| `polar.py`, `subspace.py` | the basis of a weight: its polar factor; how far it moved between two checkpoints |
+| `polar.py`, `polar_express.py`, `subspace.py` | the basis of a weight (its polar factor), and how far it moved |
 | `precision.py` | which dtypes are computed in and which are refused |
 """
 

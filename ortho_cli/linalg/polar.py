@@ -9,15 +9,14 @@ it would make up directions that are not in A.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from math import isfinite
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ortho_cli.errors import NumericsError, TargetError, check_choice
+from ortho_cli.linalg.polar_express import POLISHED, isometry_defect, polar_express
 from ortho_cli.linalg.precision import at_least_float32
-from ortho_cli.linalg.spectral import frobenius_norm
 from ortho_cli.linalg.subspace_iteration import gram
 
 __all__ = ["METHODS", "RESOLVED", "Polar", "RightSpectrum", "isometry", "polar_factor", "right_spectrum", "tall_matrix"]
@@ -36,21 +35,6 @@ ITERATED = 1e-3
 # From this side on there is time to be saved: on an accelerator by products instead of an eigenproblem, on a CPU by
 # float32.
 LARGE_SIDE = 128
-# Odd polynomials a x + b x^3 + c x^5 that together bring singular values in [1e-3, 1] to 1, each the best one for the
-# interval the last one leaves, eased by 1 % so that rounding cannot carry a value out of it.
-# Reference: Amsel, Persson, Musco and Gower 2025, "The Polar Express", arXiv:2505.16932, algorithm 1.
-POLYNOMIALS = (
-    (8.28721201814563, -23.595886519098837, 17.300387312530933),
-    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
-    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
-    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
-    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
-    (1.891301407787398, -1.2679958271945868, 0.37680408948524835),
-)
-EASED = 1.01
-POLISH = (1.875, -1.25, 0.375)  # the same for an interval around 1: converges cubically, turns nothing
-POLISHED, MOST_POLISHES = 8, 12  # roundings that are left; a singular value of 1e-5 needs that many
-PROBES, POWERS = 4, 16
 ROW_ENTRIES = 2**21  # rows taken at a time, so that no copy of the whole in float64 is made
 
 
@@ -120,9 +104,9 @@ def polar_factor(matrix: Tensor, *, method: str = "auto") -> Polar:
     check_choice("method", method, METHODS)
     tall = tall_matrix(matrix)
     if method == "polar-express" or (method == "auto" and _prefers_products(tall)):
-        found = _polar_express(tall)
-        if method == "polar-express" or _is_iterated(found):
-            return _like(found, matrix)
+        made = _iterated(tall)
+        if method == "polar-express" or _is_exact(made):
+            return _like(made, matrix)
     spectrum = None if method == "svd" else right_spectrum(tall)
     if spectrum is None:
         if not bool(tall.isfinite().all()):
@@ -133,7 +117,7 @@ def polar_factor(matrix: Tensor, *, method: str = "auto") -> Polar:
     else:
         values, rank, factor = spectrum.values, spectrum.rank, isometry(tall, spectrum)
     taken = "svd" if spectrum is None else "gram"
-    found = Polar(factor, float(values[-1]), float(values[0]), _defect(factor), taken, rank)
+    found = Polar(factor, float(values[-1]), float(values[0]), isometry_defect(factor), taken, rank)
     return _like(found, matrix)
 
 
@@ -218,69 +202,18 @@ def _prefers_products(tall: Tensor) -> bool:
     return tall.device.type != "cpu" and tall.shape[1] >= LARGE_SIDE
 
 
-def _is_iterated(found: Polar) -> bool:
+def _iterated(tall: Tensor) -> Polar:
+    if not bool(tall.isfinite().all()):
+        raise _not_finite(tall)
+    found = polar_express(tall)
+    rank = round(float(found.factor.square().sum(dtype=torch.float64)))
+    return Polar(found.factor, found.sigma_min, found.sigma_max, found.error, "polar-express", rank)
+
+
+def _is_exact(found: Polar) -> bool:
     """Whether the iteration found the factor as exactly as float64 would have, for all that float32 can tell."""
     polished = 2 * POLISHED * torch.finfo(found.factor.dtype).eps
     return found.sigma_min > ITERATED * found.sigma_max and found.error < polished
-
-
-def _polar_express(tall: Tensor) -> Polar:
-    """The factor by matrix products, in the weight's own precision.
-
-    In bfloat16 it would be the factor of a matrix that lies 1e-2 away, which no polish undoes.
-    """
-    norm = float(frobenius_norm(tall))
-    if not isfinite(norm):
-        raise _not_finite(tall)
-    scaled = tall / norm if norm else tall
-    bound = norm * float(torch.linalg.matrix_norm(scaled.mT @ scaled).sqrt())  # at least the largest singular value
-    factor = tall / (bound * EASED) if bound else torch.zeros_like(tall)
-    for a, b, c in POLYNOMIALS:
-        factor = _quintic(factor, a / EASED, b / EASED**3, c / EASED**5)
-    for _ in range(MOST_POLISHES):
-        factor = _quintic(factor, *POLISH)
-        error = _defect(factor)
-        if error < POLISHED * torch.finfo(factor.dtype).eps:
-            break
-    largest, smallest = _extremes(factor.mT @ tall)
-    rank = round(float(frobenius_norm(factor).square()))
-    return Polar(factor, smallest, largest, error, "polar-express", rank)
-
-
-def _quintic(x: Tensor, a: float, b: float, c: float) -> Tensor:
-    squared = x.mT @ x
-    return a * x + x @ (b * squared + c * squared @ squared)
-
-
-def _extremes(stretch: Tensor) -> tuple[float, float]:
-    """The largest and smallest eigenvalue of `H`, by power iteration with H and with its Cholesky factor's inverse."""
-    stretch = (stretch + stretch.mT).double() / 2
-    block = _probes(stretch)
-    for _ in range(POWERS):
-        block = torch.linalg.qr(stretch @ block).Q
-    largest = float(torch.linalg.matrix_norm(stretch @ block, ord=2))
-    triangle, failed = torch.linalg.cholesky_ex(stretch)
-    if bool(failed):
-        return largest, 0.0
-    block = _probes(stretch)
-    for _ in range(POWERS):
-        block = torch.linalg.qr(torch.cholesky_solve(block, triangle)).Q
-    return largest, 1 / float(torch.linalg.matrix_norm(torch.cholesky_solve(block, triangle), ord=2))
-
-
-def _defect(factor: Tensor) -> float:
-    """`||(G^2 - G) X||_F / ||X||_F` with `G = P^T P`, which is a projection where P is an isometry, and random X."""
-    probes = _probes(factor)
-    once = factor.mT @ (factor @ probes)
-    twice = factor.mT @ (factor @ once)
-    return float(frobenius_norm(twice - once) / frobenius_norm(probes))
-
-
-def _probes(matrix: Tensor) -> Tensor:
-    """A few columns of signs, the same for every matrix of this width."""
-    width = matrix.shape[1]
-    signs = torch.randint(0, 2, (width, min(PROBES, width)), generator=torch.Generator().manual_seed(0))
-    return (2 * signs - 1).to(matrix)
 
 
 def _like(found: Polar, matrix: Tensor) -> Polar:

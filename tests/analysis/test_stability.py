@@ -17,8 +17,9 @@ from ortho_cli.analysis import stability as module
 from ortho_cli.analysis.attention_pieces import AttentionPieces
 from ortho_cli.analysis.matplotlib_figure import draw
 from ortho_cli.analysis.plotly_figure import to_plotly
-from ortho_cli.analysis.stability import COLUMNS, Change, plan_pairs
+from ortho_cli.analysis.stability import plan_pairs
 from ortho_cli.analysis.stability_advice import advice_text, advise
+from ortho_cli.analysis.stability_change import COLUMNS, Change
 from ortho_cli.analysis.stability_figures import change_map, role
 from ortho_cli.analysis.stability_plan import plan_stability
 from ortho_cli.analysis.stability_report import by_lag, read_changes, stability_report

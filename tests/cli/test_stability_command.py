@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from ortho_cli.analysis.stability import COLUMNS
+from ortho_cli.analysis.stability_change import COLUMNS
 from ortho_cli.cli.app import app
 from ortho_cli.cli.series_stopwatch import OURS, PLAIN, measure_series_commands
 from ortho_cli.methods.polar_benchmark import measure_polar
