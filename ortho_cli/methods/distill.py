@@ -71,6 +71,7 @@ class DistillMethod(Method):
         super().__init__(config)
         self.notes: list[str] = []
         self.teacher: nn.Module | None = None  # of no module, so that it is neither trained nor saved
+        self._precision: dict[str, Any] = {"enabled": False}  # autocast's, in the student's last forward pass
         self._seen: dict[str, Tensor] = {}  # features of the last forward pass, by student layer
         self._taught: dict[str, Tensor] = {}
 
@@ -92,6 +93,7 @@ class DistillMethod(Method):
         if context.build is None:  # a dry run: no weights are read
             return
         self.teacher = context.build(self._section()).eval().requires_grad_(False)
+        model.register_forward_pre_hook(_keep_precision(self._precision))
         found = dict(self.teacher.named_modules())
         for name in config.attention:
             if name not in found:
@@ -135,7 +137,7 @@ class DistillMethod(Method):
         images = batch["image"]
         if next(self.teacher.parameters()).device != images.device:
             self.teacher.to(images.device)
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast(images.device.type, **self._precision):
             taught = self.teacher(images)
         if taught.shape != outputs.shape:
             raise TargetError(f"the teacher has outputs of shape {tuple(taught.shape)}, not {tuple(outputs.shape)}")
@@ -147,6 +149,16 @@ class DistillMethod(Method):
             weight = config.beta * 3 / len(config.attention)
             whole = whole + weight * attention_distance(self._seen.pop(name), self._taught.pop(name))
         return whole
+
+
+def _keep_precision(place: dict[str, Any]) -> Any:
+    """A hook that lays down in which arithmetic a module runs: penalties are computed outside the loop's autocast."""
+
+    def keep(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        device = inputs[0].device.type
+        place.update(enabled=torch.is_autocast_enabled(device), dtype=torch.get_autocast_dtype(device))
+
+    return keep
 
 
 def _keep(place: dict[str, Tensor], name: str, *, only_learning: bool = False) -> Any:

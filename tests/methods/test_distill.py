@@ -97,6 +97,22 @@ def test_the_teacher_is_neither_trained_nor_saved() -> None:
     assert method.notes == ["the teacher is a CifarResNet of 463,866 parameters"]
 
 
+def test_the_teacher_runs_in_the_students_arithmetic() -> None:
+    """The loop's autocast is around the student's forward pass and not around penalties."""
+    model, images = student(), torch.randn(4, 1, 8, 8)
+    batch = {"image": images, "label": torch.arange(4)}
+    method = prepared(model)
+    found: list[torch.dtype] = []
+    model_of(method).register_forward_hook(lambda module, inputs, output: found.append(output.dtype))
+    for enabled in (True, False):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            outputs = model(images)
+        term = method.penalty(model, batch, outputs, "train")
+        assert term is not None
+        assert term.dtype == torch.float32
+    assert found == [torch.bfloat16, torch.float32]
+
+
 def test_attention_is_weighted_as_three_maps_are() -> None:
     model, images = student().eval(), torch.randn(4, 1, 8, 8)
     batch = {"image": images, "label": torch.arange(4)}
