@@ -22,8 +22,9 @@ ADAPTED = {r"\.fixed_linear\.": "."}
 
 
 def build(config: HFImage, num_classes: int, in_channels: int, image_size: int) -> nn.Module:
-    """The pretrained model of a recipe's `model.base`, or, on the meta device, its architecture alone.
+    """The pretrained model of a recipe's `model.base`, or, on the meta device, its architecture alone; in float32.
 
+    Weights are kept in float32 whatever the base is stored in: in bfloat16 most updates would be rounded away.
     A head of another size is made anew (its seed is torch's global one) and listed in the model's `notes`; anything
     else that is missing or does not fit is refused.
 
@@ -67,7 +68,11 @@ def build(config: HFImage, num_classes: int, in_channels: int, image_size: int) 
     wanted = getattr(found, "num_channels", in_channels)
     if in_channels not in (1, wanted):
         raise RecipeError(f"the pictures have {in_channels} channels, model.base {config.base!r} takes {wanted}")
-    return HFImageClassifier(model, repeat=wanted // in_channels, notes=[f"new head: {name}" for name in sorted(fresh)])
+    notes = [f"new head: {name}" for name in sorted(fresh)]
+    stored = sorted({str(parameter.dtype) for parameter in model.parameters()} - {"torch.float32"})
+    if stored:
+        notes.append(f"from {', '.join(stored).replace('torch.', '')} to float32, to train in")
+    return HFImageClassifier(model.float(), repeat=wanted // in_channels, notes=notes)
 
 
 class HFImageClassifier(nn.Module):

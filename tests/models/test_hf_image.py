@@ -56,6 +56,23 @@ def test_another_number_of_classes_gets_a_new_head_and_says_so(vit: Path) -> Non
     assert all(torch.equal(a, b) for a, b in zip(first.parameters(), again.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_base_stored_in_half_trains_in_single(vit: Path, dtype: torch.dtype) -> None:
+    """An update of a thousandth of a weight reaches it; in bfloat16 it would be rounded away."""
+    half = transformers.AutoModelForImageClassification.from_pretrained(vit).to(dtype)
+    half.save_pretrained(vit)
+    model = build(section(vit), 3, 3, 8)
+    assert isinstance(model, HFImageClassifier)
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert model.notes == [f"from {str(dtype).removeprefix('torch.')} to float32, to train in"]
+    assert all(torch.equal(a, b.float()) for a, b in zip(model.model.parameters(), half.parameters(), strict=True))
+    weight = model.get_parameter("model.classifier.weight")
+    before = weight.detach().clone()
+    weight.grad = before * 1e-3
+    torch.optim.SGD([weight], lr=1.0).step()
+    assert torch.allclose(weight.detach(), 0.999 * before, rtol=1e-6)
+
+
 def test_grey_pictures_are_repeated(vit: Path) -> None:
     model = build(section(vit), 3, 1, 8).eval()
     grey = torch.randn(2, 1, 8, 8)
