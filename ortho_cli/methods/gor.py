@@ -143,6 +143,7 @@ class GORMethod(Method):
         self.layers: list[GroupedLayer] = []
         self.notes: list[str] = []
         self._skipped = 0
+        self._lost: list[str] = []
         self._regularised: dict[str, int] = {}  # by phase, as are the values
         self._values: dict[str, Tensor | float] = {}
 
@@ -159,14 +160,22 @@ class GORMethod(Method):
         """None of its own; asked once all methods have had their way with the model, so the place to look again.
 
         Raises:
-            TargetError: a later method froze or replaced every layer.
+            TargetError: before the first step: a later method froze or replaced every layer.
         """
-        if not any(layer.trains for layer in self.layers):
+        own = {id(parameter) for parameter in model.parameters()}
+        self._lost = [layer.name for layer in self.layers if not layer.trains_in(own)]
+        if len(self._lost) == len(self.layers) and not self._values:  # oialr may replace all of them in the end
             raise TargetError(
                 f"none of the {len(self.layers)} layers that gor chose trains any more",
                 hint="put gor after the method that freezes or replaces them",
             )
         return []
+
+    def closing_notes(self) -> list[str]:
+        """Which of the chosen layers a later method took away."""
+        if not self._lost:
+            return []
+        return [f"{len(self._lost)} of {len(self.layers)} layers, first {self._lost[0]}, were frozen or replaced later"]
 
     def after_backward(self, model: nn.Module, optimizer: torch.optim.Optimizer, phase: str) -> None:
         """Add the gradient for those layers that this phase's optimizer steps.

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -47,11 +47,10 @@ class GroupedLayer:
         found: Tensor = getattr(self.owner, self.attribute)
         return found
 
-    @property
-    def trains(self) -> bool:
-        """Whether the weight is still there and learns."""
+    def trains_in(self, own: Container[int]) -> bool:
+        """Whether the weight is still there, one of these parameters (by `id`), and learns."""
         found = getattr(self.owner, self.attribute, None)
-        return found is not None and bool(found.requires_grad)
+        return found is not None and id(found) in own and bool(found.requires_grad)
 
     @property
     def filters(self) -> int:

@@ -287,10 +287,20 @@ def test_layers_that_stop_training_are_left_alone_and_counted() -> None:
     assert gor.param_groups(model) == []
     gor.after_backward(model, optimizer, "train")
     assert gradients(model).keys() == {"up.weight"} and gor.scalars()["layers"] == 1
+    assert gor.closing_notes() == ["2 of 3 layers, first stem, were frozen or replaced later"]
     model.requires_grad_(False)
-    del gor.layers[1]  # the replaced module still trains for itself
-    with pytest.raises(TargetError, match="none of the 2 layers that gor chose trains any more"):
+    assert gor.param_groups(model) == []  # as oialr may do in the middle of a run
+
+
+def test_layers_that_a_later_method_replaces_are_missed_before_the_first_step() -> None:
+    """The old modules still ask for gradients, but the model does not have them any more."""
+    model = network()
+    gor = method(model)
+    assert gor.closing_notes() == []
+    ortho.factorize_(model, rank=2, targets=["stem", "down", "up"])
+    with pytest.raises(TargetError, match="none of the 3 layers that gor chose trains any more") as caught:
         gor.param_groups(model)
+    assert "put gor after" in str(caught.value.hint)
 
 
 def test_weights_kept_in_another_shape_are_refused() -> None:
