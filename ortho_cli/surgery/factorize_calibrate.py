@@ -10,7 +10,9 @@ import json
 import shutil
 import tempfile
 import weakref
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -227,20 +229,24 @@ def _groups(layers: Sequence[FactorLayer], modules: Mapping[str, nn.Module]) -> 
 def _watch(
     model: nn.Module, watched: Mapping[str, nn.Module], batches: Sequence[Sequence[Tensor]]
 ) -> dict[str, list[Tensor]]:
-    """The Gram matrices of the inputs of some layers, one for each part of the samples."""
+    """The Gram matrices of the inputs of some layers, one for each part of the samples.
+
+    A pass ends at the last of them, unless the first, whole pass found layers that run several times (ALBERT's).
+    """
     import torch
 
     found: dict[str, list[Tensor]] = {name: [] for name in watched}
     counts = dict.fromkeys(watched, 0)
-    reached: set[str] = set()
+    passed: Counter[str] = Counter()  # runs of each layer in the current pass
+    stops = False
 
     def hook(name: str) -> Any:
         def add(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             rows = inputs[0].detach().flatten(0, -2).double()
             found[name][-1].addmm_(rows.T, rows)
             counts[name] += len(rows)
-            reached.add(name)
-            if len(reached) == len(watched):
+            passed[name] += 1
+            if stops and len(passed) == len(watched):
                 raise _Stop
 
         return add
@@ -253,11 +259,10 @@ def _watch(
                 found[name].append(torch.zeros(size, size, dtype=torch.float64))
                 counts[name] = 0
             for tokens in part:
-                reached.clear()
-                try:
+                passed.clear()
+                with suppress(_Stop):
                     model(input_ids=tokens, attention_mask=torch.ones_like(tokens))
-                except _Stop:
-                    continue
+                    stops = max(passed.values(), default=0) == 1
             for name in watched:
                 found[name][-1] /= max(counts[name], 1)
     finally:

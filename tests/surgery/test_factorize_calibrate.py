@@ -10,8 +10,11 @@ import pytest
 import torch
 from minilm import SENTENCES, embeddings, factored, minilm_folder, prose
 
+from ortho_cli.checkpoints.store import open_checkpoint
 from ortho_cli.errors import CheckpointError, TargetError, UsageError
 from ortho_cli.surgery.factorize import factorize
+from ortho_cli.surgery.factorize_calibrate import calibration
+from ortho_cli.surgery.factorize_selection import select_layers
 
 transformers = pytest.importorskip("transformers")
 WIDTH = 64
@@ -43,6 +46,12 @@ def save(folder: Path, kind: str, lines: list[str]) -> Path:
             vocab_size=len(words), n_positions=64, n_embd=WIDTH, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0
         )
         model = transformers.GPT2Model(config)
+    elif kind == "albert":
+        config = transformers.AlbertConfig(
+            vocab_size=len(words), embedding_size=WIDTH, hidden_size=WIDTH, num_hidden_layers=3, num_attention_heads=4,
+            intermediate_size=2 * WIDTH, max_position_embeddings=64,
+        )  # fmt: skip
+        model = transformers.AlbertModel(config)
     else:
         config = transformers.BertConfig(
             vocab_size=len(words), hidden_size=WIDTH, num_hidden_layers=2, num_attention_heads=4,
@@ -97,6 +106,29 @@ def test_the_reported_error_is_that_of_the_outputs(base: Path, tmp_path: Path) -
     with torch.no_grad():
         error = float((layer(x) - y).norm() / (y - bias).norm())
     assert error == pytest.approx(first["activation_error"], rel=1e-3)
+
+
+def test_layers_that_run_several_times_are_fitted_to_all_they_see(tmp_path: Path) -> None:
+    """ALBERT's layers are one, applied three times: its Gram matrix is of the inputs of all three."""
+    lines = ["the cat sat", "a dog ran off", "it rained all day long", "we read many old books"]
+    folder = save(tmp_path / "albert", "albert", lines)
+    (tmp_path / "few.txt").write_text("\n".join(lines), "utf-8")
+    checkpoint = open_checkpoint(folder)
+    name = "encoder.albert_layer_groups.0.albert_layers.0.ffn"
+    layers = select_layers(checkpoint, [name], []).layers
+    found = calibration(checkpoint, layers, tmp_path / "few.txt", 4)
+    found.prepare()
+    model, tokenizer = (kind.from_pretrained(folder) for kind in (transformers.AutoModel, transformers.AutoTokenizer))
+    rows: list[torch.Tensor] = []
+    model.eval().get_submodule(name).register_forward_pre_hook(
+        lambda module, inputs: rows.append(inputs[0].detach().flatten(0, -2).double())
+    )
+    with torch.no_grad():
+        for line in lines[:3]:
+            model(**tokenizer(line, return_tensors="pt"))
+    seen = torch.cat(rows)
+    assert len(rows) == 9
+    torch.testing.assert_close(found.fit(layers[0]), (seen.T @ seen / len(seen)).float())
 
 
 @pytest.mark.parametrize("unit", ["params", "flops"])
