@@ -134,7 +134,8 @@ def _heatmap(canvas: Canvas, axes: Axes, figure: Heatmap, line: Axes | None) -> 
 
 def _below(axes: Axes, figure: Heatmap) -> None:
     """The line under a heatmap, on the same columns."""
-    axes.plot(range(len(figure.below)), [math.nan if value is None else value for value in figure.below], color="black")
+    values = [math.nan if value is None else value for value in figure.below]
+    axes.plot(range(len(values)), values, color="black", marker="o" if len(values) == 1 else None)
     axes.set_ylim(figure.line_limits)
     axes.set_ylabel(figure.below_label, rotation=0, ha="right", va="center")
 

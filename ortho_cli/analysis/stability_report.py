@@ -40,6 +40,11 @@ TURNED = (
     "A cell that is lower by 2/n for a moment is the smallest singular value passing through zero, which turns one of "
     "n directions over. The leading directions, by --top-rank, do not see it."
 )
+AGAINST = "against"  # one checkpoint, the same for all
+FIXED = (
+    "All were compared with one checkpoint: here a layer counts as settled where it is near that one. Whether bases "
+    "have stopped moving is told without --reference."
+)
 
 
 def stability_report(
@@ -102,7 +107,8 @@ def stability_report(
                        lambda c: c.stability, label="stability"),
         ])  # fmt: skip
     report.section("Advice", [
-        advice_text(advice, threshold, patience), *(f"Note: {note}." for note in notes),
+        *([FIXED] if label.startswith(AGAINST) else []), advice_text(advice, threshold, patience),
+        *(f"Note: {note}." for note in notes),
         record_table("advice", "When each basis could be frozen", advice,
                      "Trained: of a core at the rank that holds 99 % of the energy; stored: with its two bases."),
     ])  # fmt: skip
@@ -120,10 +126,10 @@ def by_lag(changes: Sequence[Change]) -> dict[str, list[Change]]:
     references = {change.reference_step for change in changes}
     if len(references) == 1 and len({change.lag for change in changes}) != 1:
         reference = references.pop()
-        return {"against a reference" if reference is None else f"against step {reference:,}": list(changes)}
+        return {f"{AGAINST} a reference" if reference is None else f"{AGAINST} step {reference:,}": list(changes)}
     groups: dict[str, list[Change]] = {}
     for lag in dict.fromkeys(sorted(change.lag or 0 for change in changes)):
-        groups[f"lag {lag}" if lag else "against a reference"] = [x for x in changes if (x.lag or 0) == lag]
+        groups[f"lag {lag}" if lag else f"{AGAINST} a reference"] = [x for x in changes if (x.lag or 0) == lag]
     return groups
 
 
@@ -135,9 +141,10 @@ def read_changes(path: Path) -> list[Change]:
     """
     try:
         with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
-        found = [_change(row) for row in rows]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+            found = [_change(row) for row in csv.DictReader(file)]
+    except OSError as error:
+        raise CheckpointError(f"cannot be read: {error.strerror or error}", where=str(path)) from error
+    except (ValueError, TypeError) as error:
         raise CheckpointError(
             f"not a table of stability: {type(error).__name__} {str(error)[:100]}",
             hint=f"expected the columns {', '.join(COLUMNS)}", where=str(path),

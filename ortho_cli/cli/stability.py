@@ -151,8 +151,8 @@ def analyze_stability(
             )
         notes = plan.notes
     command = told_command(
-        "stability", series, revisions=revisions, lag=lags, reference=reference, top_rank=top_rank, targets=targets,
-        exclude=exclude, split_heads=split_heads,
+        "stability", series, revisions=revisions, lag=lags, reference=reference and Path(reference).name,
+        top_rank=top_rank, targets=targets, exclude=exclude, split_heads=split_heads,
     )  # fmt: skip
     report = stability_report(
         changes, name=_title(series), command=command, notes=notes, threshold=threshold, patience=patience
@@ -199,9 +199,7 @@ def _show(
 
     console = console_out()
     shown = next(part for part in report.parts() if isinstance(part, Table) and part.name == "advice")
-    text = next(
-        part for title, parts in report.sections if title == "Advice" for part in parts if isinstance(part, str)
-    )
+    advice = next(parts for title, parts in report.sections if title == "Advice")
     places = [shown.headers.index(name) for name in SHOWN]
     by_stability = shown.headers.index("last_stability")
     rows = shown.rows if verbose else sorted(shown.rows, key=lambda row: row[by_stability])[:LAYERS_SHOWN]  # type: ignore[arg-type, return-value]
@@ -214,7 +212,8 @@ def _show(
         [name.replace("_", " ") for name in SHOWN],
         [[cell_text(row[place]) for place in places] for row in rows],
     )
-    console.print(text, markup=False)
+    for text in (part for part in advice if isinstance(part, str) and not part.startswith("Note: ")):
+        console.print(text, markup=False)
     show_notes(console, notes)
     names = [str(item["path"]) for item in written]
     console.print(f"{'would write' if dry_run else 'wrote'} {len(names)} files, first {names[0]}", markup=False)

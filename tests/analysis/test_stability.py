@@ -111,11 +111,15 @@ def test_workers_change_nothing(series: Path) -> None:
 def test_a_reference_beside_the_series(series: Path, tmp_path: Path, save: Save) -> None:
     beside = save(tmp_path / "pretrained.safetensors", moving(1)[0])
     found = plan_stability([str(series)], reference=str(beside)).measure()
+    told = [part for _, parts in stability_report(found, name="x", command="x").sections for part in parts]
+    assert any(isinstance(part, str) and part.startswith("All were compared with one checkpoint") for part in told)
+    assert list(by_lag(found)) == ["against a reference"]
     assert {(change.step, change.reference_step, change.lag) for change in found} == {
         (step, None, None) for step in (0, 10, 20, 30, 40)
     }  # fmt: skip
     assert all(change.stability == pytest.approx(1.0, abs=1e-6) for change in found if change.step == 0)
     first = plan_stability([str(series)], reference="first").measure()
+    assert list(by_lag(first)) == ["against step 0"]
     assert [change.stability for change in first] == [change.stability for change in found if change.step]
 
 
@@ -346,6 +350,8 @@ def test_tables_are_read_back(tmp_path: Path) -> None:
     table = stability_report(changes, name="x", command="x").further[0]
     (tmp_path / "stability.csv").write_text(table.csv(), "utf-8")
     assert read_changes(tmp_path / "stability.csv") == changes
+    with pytest.raises(CheckpointError, match="cannot be read: No such file"):
+        read_changes(tmp_path / "none.csv")
     for content in ("", "layer,step\na,1\n", "layer," + ",".join(COLUMNS[1:]) + "\n" + ",".join("x" * 16) + "\n"):
         (tmp_path / "bad.csv").write_text(content, "utf-8")
         with pytest.raises(CheckpointError, match="table of stability"):
