@@ -53,6 +53,7 @@ def bench_stability(
     checkpoints: Annotated[int, typer.Option("--checkpoints", min=2, help="In the series.")] = 20,
     blocks: Annotated[int, typer.Option("--blocks", min=1, help="Of the transformer; 12 is ViT-B, in minutes.")] = 1,
     width: Annotated[int, typer.Option("--width", min=16, help="Of the transformer.")] = 768,
+    condition: Annotated[float, typer.Option("--condition", min=1, help="Of the weights, about.")] = 100.0,
     rounds: Annotated[int, typer.Option("--rounds", min=1, help="Each command runs this often, shuffled.")] = 1,
     folder: Annotated[Path | None, typer.Option("--folder", help="Where the series goes for a moment.")] = None,
     as_json: JsonOption = False,
@@ -64,7 +65,9 @@ def bench_stability(
     from ortho_cli.cli.series_stopwatch import measure_series_commands
     from ortho_cli.cli.show import console_out, print_json, table
 
-    found = measure_series_commands(checkpoints=checkpoints, blocks=blocks, width=width, rounds=rounds, folder=folder)
+    found = measure_series_commands(
+        checkpoints=checkpoints, blocks=blocks, width=width, condition=condition, rounds=rounds, folder=folder
+    )
     if as_json:
         details = [timing.as_dict() for timing in found.timings]
         print_json(

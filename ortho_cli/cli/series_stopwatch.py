@@ -5,15 +5,11 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from .stopwatch import ORTHO, START_UP, Timing, run_once, run_rounds
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 __all__ = ["OURS", "PLAIN", "SeriesTimings", "measure_series_commands", "vit_shapes"]
 
@@ -68,7 +64,13 @@ def vit_shapes(blocks: int, width: int = 768) -> dict[str, tuple[int, ...]]:
 
 
 def measure_series_commands(
-    *, checkpoints: int, blocks: int, width: int = 768, rounds: int = 1, folder: Path | None = None
+    *,
+    checkpoints: int,
+    blocks: int,
+    width: int = 768,
+    condition: float = 100.0,
+    rounds: int = 1,
+    folder: Path | None = None,
 ) -> SeriesTimings:
     """Write a series of weights that move less and less, and time both ways to its stability.
 
@@ -76,12 +78,13 @@ def measure_series_commands(
         checkpoints: how many.
         blocks: of the transformer; 12 is ViT-B, 350 MB a checkpoint.
         width: of the transformer.
+        condition: of the weights, about: the precision that is needed depends on it.
         rounds: each command runs this often, shuffled.
         folder: where the series goes for a moment.
     """
     with tempfile.TemporaryDirectory(dir=folder, prefix=".ortho-bench-") as scratch:
         place = Path(scratch)
-        files = _write_series(place / "series", checkpoints, vit_shapes(blocks, width))
+        files = _write_series(place / "series", checkpoints, vit_shapes(blocks, width), condition)
         plain, report = place / "plain.json", place / "report"
         commands = {
             PLAIN: [sys.executable, "-c", SCRIPT, str(plain), *map(str, files)],
@@ -97,23 +100,23 @@ def measure_series_commands(
         return SeriesTimings(timings, *_differences(plain, report / "stability.csv"))
 
 
-def _write_series(folder: Path, count: int, shapes: dict[str, tuple[int, ...]]) -> list[Path]:
+def _write_series(folder: Path, count: int, shapes: dict[str, tuple[int, ...]], condition: float) -> list[Path]:
+    """Weights of known condition; each step turns their inputs a little, and less as time goes on."""
     import torch
     from safetensors.torch import save_file
 
+    from ortho_cli.methods.polar_benchmark import weight_of
+
     folder.mkdir()
-    generator = torch.Generator().manual_seed(0)
-
-    def drawn() -> Iterator[tuple[str, Tensor]]:
-        for name, shape in shapes.items():
-            yield name, torch.randn(shape, generator=generator)
-
-    weights, files = dict(drawn()), []
+    generator, files = torch.Generator().manual_seed(0), []
+    weights = {name: weight_of((shape[0], prod(shape[1:])), condition).float() for name, shape in shapes.items()}
     for step in range(1, count + 1):
         files.append(folder / f"step-{step:04d}.safetensors")
-        save_file(weights, files[-1])
-        for name, noise in drawn():
-            weights[name].add_(noise, alpha=0.5 / (1 + step))
+        save_file({name: weight.reshape(shapes[name]) for name, weight in weights.items()}, files[-1])
+        for name, weight in weights.items():
+            width = weight.shape[1]
+            noise = torch.randn(width, width, generator=generator)
+            weights[name] = weight + weight @ noise * (0.3 / (1 + step) / width**0.5)
     return files
 
 
