@@ -101,8 +101,11 @@ def open_run(folder: Path) -> Run:
         RecipeError: its recipe is not one of this version.
     """
     if not is_run(folder):
+        cells = sum(map(is_run, folder.iterdir())) if folder.is_dir() else 0
+        reason = f"it holds {cells} runs" if cells else "it holds no recipe.yaml with metrics.jsonl"
         raise CheckpointError(
-            f"{folder} is no run: it holds no recipe.yaml with metrics.jsonl", hint="name a run.dir of: ortho train"
+            f"there is no folder {folder}" if not folder.exists() else f"{folder} is no run: {reason}",
+            hint="name one of them; ortho analyze runs has all" if cells else "name a run.dir of: ortho train",
         )
     timing, outcome = folder / "timing.jsonl", folder / "outcome.json"
     return Run(

@@ -52,11 +52,13 @@ def evaluate(
     """
     from ortho_cli.analysis.evaluation import MARK, evaluation_report, metric_table
     from ortho_cli.analysis.report_folder import check_folder, write_folder
+    from ortho_cli.analysis.run_folder import open_run
     from ortho_cli.cli.show import console_out, print_json, show_notes, table
     from ortho_cli.training.evaluate import evaluate_run, find_checkpoint
     from ortho_cli.training.processes import is_first, leave
 
     folder = output or run / "evaluation"
+    open_run(run)
     state = find_checkpoint(run, checkpoint)
     check_folder(folder, [state], MARK, force=force)
     names = [name.strip() for name in metrics.split(",") if name.strip()] if metrics is not None else None

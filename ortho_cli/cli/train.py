@@ -67,7 +67,7 @@ def train(
     if push_to_hub:
         check_upload(push_to_hub)
     if dry_run:
-        _plan(recipe, sets or [], cell, as_json=as_json)
+        _plan(recipe, sets or [], cell, resume=resume, force=force, as_json=as_json)
         return
     from ortho_cli.training.cells import run_recipe
     from ortho_cli.training.live import live_view
@@ -84,15 +84,20 @@ def train(
     _report(recipe, outcomes, as_json=as_json, quiet=quiet)
 
 
-def _plan(recipe: str, sets: list[str], cell: int | None, *, as_json: bool) -> None:
+def _plan(recipe: str, sets: list[str], cell: int | None, *, resume: bool, force: bool, as_json: bool) -> None:
     """Say what would be trained."""
     from ortho_cli.cli.show import console_out, human_bytes, print_json, show_notes, table
     from ortho_cli.recipe.train import load_train
     from ortho_cli.training.cells import one_cell
     from ortho_cli.training.dry_run import describe
+    from ortho_cli.training.run_folder import check_folder
 
     found, own = one_cell(load_train(recipe, sets), cell)
+    if found == 1:  # cells of a matrix go on or are skipped
+        check_folder(Path(own.run.dir), own, resume=resume, force=force)
     plan = describe(own)
+    if found > 1:
+        plan["notes"].append(f"this is cell {cell or 0} of {found}; another: --cell N")
     totals = {"task": own.task.name, "model": own.model.name, "cells": found, **plan["totals"]}
     if as_json:
         print_json({

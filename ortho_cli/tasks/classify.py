@@ -43,6 +43,8 @@ class ClassifyTask(Task):
         seed: of the run.
     """
 
+    metrics = ("loss", "accuracy", "accuracy_top5", "accuracy_other_classes", "accuracy_among_other_classes")
+
     def __init__(self, task: Classify, data: Images, *, seed: int) -> None:
         super().__init__(task, data, seed=seed)
         self.config: Classify = task

@@ -39,6 +39,8 @@ class Task(ABC):
 
     phases: tuple[str, ...] = ("train",)
     """Each has an optimizer of its own."""
+    metrics: tuple[str, ...] = ()
+    """Names that `evaluate` may give; empty: not known beforehand."""
 
     def __init__(self, task: TaskConfig, data: Data, *, seed: int) -> None:
         self.config = task

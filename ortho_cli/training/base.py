@@ -16,10 +16,13 @@ from ortho_cli.checkpoints.store import Checkpoint, open_checkpoint
 from ortho_cli.checkpoints.tensors import TensorInfo
 from ortho_cli.errors import CheckpointError
 from ortho_cli.methods.load import hold_reflections
+from ortho_cli.recipe.shipped import shipped
 
 from .run_folder import RECIPE, best_or_last
 
-__all__ = ["is_gone", "load_base", "open_base"]
+__all__ = ["gone_base", "is_gone", "load_base", "open_base"]
+
+LOCAL = ("runs/", "./", "../", "/", "~")  # how a path begins that no hub id is
 
 
 def open_base(base: str) -> tuple[Checkpoint, dict[str, TensorInfo]]:
@@ -29,6 +32,9 @@ def open_base(base: str) -> tuple[Checkpoint, dict[str, TensorInfo]]:
         CheckpointError: a run without a complete checkpoint, or whatever `open_checkpoint` refuses.
     """
     folder = Path(base).expanduser()
+    reason = gone_base(base)
+    if reason:
+        raise CheckpointError(reason, hint=_how_to_make(base))
     if not (folder / RECIPE).is_file():
         checkpoint = open_checkpoint(base)
         return checkpoint, dict(checkpoint.tensors)
@@ -41,6 +47,23 @@ def open_base(base: str) -> tuple[Checkpoint, dict[str, TensorInfo]]:
         **checkpoint.tensors,
         **(open_checkpoint(averaged).tensors if averaged.is_file() else {}),
     }
+
+
+def gone_base(base: str | None) -> str:
+    """Why a base that is meant to be here is not; empty where it is, or may be the hub's.
+
+    `runs/x` could be a hub id, but is where a recipe puts a run.
+    """
+    if base is None or Path(base).expanduser().exists() or (_how_to_make(base) is None and not base.startswith(LOCAL)):
+        return ""
+    return f"{base} does not exist"
+
+
+def _how_to_make(base: str) -> str | None:
+    """The command that trains a run which a shipped recipe starts from."""
+    wanted = base.rstrip("/")
+    made = next((name for name in shipped() if f"runs/{name}" == wanted), None)
+    return None if made is None else f"train it first: ortho train {made}"
 
 
 def is_gone(base: str) -> bool:

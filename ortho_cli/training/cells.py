@@ -13,7 +13,7 @@ from ortho_cli.recipe.train import MAY_GROW, TrainRecipe, cell_recipes, load_tra
 
 from .debug_run import KINDS, debug_recipe
 from .processes import leave
-from .run import Outcome, train
+from .run import Interrupted, Outcome, train
 from .run_folder import OUTCOME, RECIPE, check_same_recipe
 from .table import write_table
 
@@ -67,6 +67,12 @@ def run_recipe(
                 try:
                     with observe(one.name) as view:
                         outcome = train(own, resume=started, force=force, observer=view, name=one.name)
+                except Interrupted as stop:
+                    left = len(found) - len(outcomes) - len(failed) if cell is None else 1
+                    raise Interrupted(
+                        f"{one.name}: {stop.message}",
+                        hint=f"the same command goes on, with this cell first; {left} of {len(found)} are to be done",
+                    ) from stop
                 except NumericsError as error:
                     failed.append(f"{one.name}: {error.message}")  # the others of a matrix do not depend on it
                     continue

@@ -15,8 +15,10 @@ from ortho_cli.methods.gor_layers import select_layers
 from ortho_cli.methods.inject import choose
 from ortho_cli.methods.method import Context
 
+from .base import gone_base
 from .optimizers import build_optimizer, parameter_groups
 from .recompute import recompute_activations
+from .session import check_best
 
 __all__ = ["describe"]
 
@@ -39,7 +41,8 @@ def describe(recipe: Any) -> dict[str, Any]:
     Cost: no tensor is allocated; full-size models take seconds. Data is opened to count the steps of an epoch.
     """
     task = registry.resolve("tasks", recipe.task.name)(recipe.task, recipe.data, seed=recipe.train.seed)
-    notes: list[str] = []
+    check_best(recipe, task)
+    notes = [f"model.base: {gone}" for gone in [gone_base(recipe.model.base)] if gone]
     details: list[dict[str, Any]] = []
     with torch.device("meta"):
         model: nn.Module = task.build_model(recipe.model)

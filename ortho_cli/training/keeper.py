@@ -44,7 +44,8 @@ class Keeper:
 
     Args:
         session: of the run.
-        observer: gets `total(steps, done)`, `metrics(counters, values)` and `timing(counters, values)`; None: nobody.
+        observer: gets `total(steps, done)`, `metrics(counters, values)`, `timing(counters, values)` and, when a signal
+            asks to stop, `stopping()`; None: nobody.
     """
 
     def __init__(self, session: Session, observer: Any = None) -> None:

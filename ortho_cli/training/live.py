@@ -12,6 +12,7 @@ from typing import Any
 __all__ = ["LineView", "LiveView", "live_view"]
 
 LINE_EVERY = 30.0  # seconds between two lines, but for evaluations, which all are told
+STOPPING = "stopping: the state is saved after this step (again, to quit without saving)"
 
 
 class LiveView:
@@ -35,6 +36,10 @@ class LiveView:
     def timing(self, counters: Any, values: dict[str, float]) -> None:
         """Show the speed."""
         self._progress.update(self._task, speed=f"{values['steps_per_second']:.3g} steps/s")
+
+    def stopping(self) -> None:
+        """Say that the request was heard."""
+        self._progress.update(self._task, speed=STOPPING)
 
     def _picture(self) -> Any:
         """The bar, and a line for each kind of number: train, eval, every method."""
@@ -60,34 +65,40 @@ class LineView:
         from rich.console import Console
 
         self._console, self._title = Console(stderr=True), title
-        self._steps, self._speed = 0, 0.0
-        self._loss = ""
-        self._last = time.monotonic()
+        self._steps = self._first = 0
+        self._train: dict[str, float] = {}
+        self._last = self._began = time.monotonic()
 
     def total(self, steps: int, done: int) -> None:
-        """The number of steps; each line says where it is."""
-        self._steps = steps
+        """The number of steps, and how many an earlier run did."""
+        self._steps, self._first = steps, done
+        self._began = time.monotonic()
 
     def metrics(self, counters: Any, values: dict[str, float]) -> None:
         """Print what is due."""
-        judged = {name.removeprefix("eval/"): value for name, value in values.items() if name.startswith("eval/")}
-        if "train/loss" in values:
-            self._loss = f"  loss {values['train/loss']:.4g}"
+        judged = {name: value for name, value in values.items() if name.startswith("eval/")}
+        self._train |= {name: value for name, value in values.items() if name == "train/loss"}
         if not judged and time.monotonic() - self._last < LINE_EVERY:
             return
         self._last = time.monotonic()
-        found = "".join(f"  {name.replace('_', ' ')} {value:.4g}" for name, value in judged.items() if name != "loss")
+        facts = {name.replace("/", " ").replace("_", " "): value for name, value in (self._train | judged).items()}
+        found = "".join(f"  {name} {value:.4g}" for name, value in facts.items())
         place = f"step {counters.step:,} of {self._steps:,}, epoch {counters.epoch}"
-        line = f"{self._title}: {place}{self._loss}{found}{self._left(counters.step)}"
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self._say(place + found + self._left(counters.step))
 
     def timing(self, counters: Any, values: dict[str, float]) -> None:
-        """Remember the speed."""
-        self._speed = values["steps_per_second"]
+        """Nothing: the time left is told from the whole run's speed."""
+
+    def stopping(self) -> None:
+        """Say that the request was heard."""
+        self._say(STOPPING)
+
+    def _say(self, text: str) -> None:
+        self._console.print(f"{self._title}: {text}", markup=False, highlight=False, soft_wrap=True)
 
     def _left(self, step: int) -> str:
-        seconds = (self._steps - step) / self._speed if self._speed else 0.0
-        return f"  {timedelta(seconds=round(seconds))} left" if step < self._steps and self._speed else ""
+        seconds = (time.monotonic() - self._began) / max(1, step - self._first) * (self._steps - step)
+        return f"  {timedelta(seconds=round(seconds))} left" if step < self._steps else ""
 
 
 @contextmanager
@@ -112,8 +123,8 @@ def live_view(title: str, *, hidden: bool = False) -> Iterator[LiveView | LineVi
 
     progress = Progress(
         TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
-        TextColumn("{task.fields[speed]}", markup=False), TimeElapsedColumn(), TextColumn("left"),
-        TimeRemainingColumn(), console=Console(stderr=True),
+        TextColumn("{task.fields[speed]}", markup=False), TimeElapsedColumn(), TextColumn("elapsed"),
+        TimeRemainingColumn(), TextColumn("left"), console=Console(stderr=True),
     )  # fmt: skip
     with Live(progress, console=progress.console, transient=True) as live:
         yield LiveView(progress, title, live)

@@ -104,8 +104,7 @@ def train(
             hint=f"go on with: ortho train {shlex.quote(str(folder / 'recipe.yaml'))} --resume",
         )
     exports = _export(session, folder)
-    for name, method in session.named_methods.items():
-        session.notes += [f"{name}: {note}" for note in method.closing_notes()]
+    session.notes += [f"{key}: {note}" for key, each in session.named_methods.items() for note in each.closing_notes()]
     if debug == "overfit":
         session.notes.append(overfit_verdict(folder))
     counters, parameters = keeper.counters, list(session.model.parameters())
@@ -136,6 +135,8 @@ def _stop_signals(keeper: Keeper) -> Iterator[None]:
         if keeper.stop_asked:
             raise KeyboardInterrupt
         keeper.stop_asked = True
+        if keeper.observer is not None:
+            keeper.observer.stopping()
 
     if threading.current_thread() is not threading.main_thread():  # only there may signals be handled
         yield

@@ -6,6 +6,7 @@ the shapes they made, then weights are loaded, then the optimizer's moments.
 
 from __future__ import annotations
 
+import difflib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -18,7 +19,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ortho_cli import registry
-from ortho_cli.errors import UsageError
+from ortho_cli.errors import RecipeError, UsageError
 from ortho_cli.methods.inject import inner_model
 from ortho_cli.methods.load import hold_reflections
 from ortho_cli.methods.method import Context, Method
@@ -31,7 +32,7 @@ from .processes import open_accelerator
 from .recompute import recompute_activations
 from .schedule import Schedule, build_schedule
 
-__all__ = ["Session", "build_model", "open_session", "prepare_training"]
+__all__ = ["Session", "build_model", "check_best", "open_session", "prepare_training"]
 
 
 @dataclass
@@ -128,6 +129,7 @@ def open_session(recipe: Any, accelerator: Accelerator | None = None, *, judging
     )  # fmt: skip
     for method in methods:
         method.prepare(model, context)
+    check_best(recipe, task)
     schedule = build_schedule(recipe.schedule, total, steps_per_epoch)
     average = Average(recipe.train.ema) if recipe.train.ema is not None else None
     session = Session(recipe, accelerator, task, model, methods, steps_per_epoch, total, schedule, average)
@@ -137,6 +139,20 @@ def open_session(recipe: Any, accelerator: Accelerator | None = None, *, judging
     if (recipe.run.samples_every or recipe.run.samples_every_steps) and not session.makes_samples:
         session.notes.append(f"run.samples_every: task {recipe.task.name} has no samples to show")
     return session
+
+
+def check_best(recipe: Any, task: Any) -> None:
+    """Refuse a metric to choose the best by that the task does not have, before it is trained for.
+
+    Raises:
+        RecipeError: with the nearest.
+    """
+    best = recipe.run.best
+    known = [f"eval/{name}" for name in task.metrics]
+    if best is not None and known and best.metric not in known:
+        near = difflib.get_close_matches(best.metric, known, 1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise RecipeError(f"run.best.metric {best.metric} is not evaluated", hint=f"{hint}known: {', '.join(known)}")
 
 
 def build_model(recipe: Any, task: Any, *, judging: bool = False) -> tuple[nn.Module, list[str]]:

@@ -84,7 +84,7 @@ TRAIN = {
     "threads": None,
 }  # fmt: skip
 RUN = {
-    "dir": "runs/x", "save_every": None, "save_every_steps": None, "keep": 2, "best": None, "trackers": [],
+    "dir": "runs/x", "save_every": None, "save_every_steps": None, "keep": None, "best": None, "trackers": [],
     "log_every": 10, "samples_every": None, "samples_every_steps": None,
 }  # fmt: skip
 REQUIRED = {

@@ -12,13 +12,15 @@ import torch
 from torch import nn
 from training_runs import lines_of, write
 
-from ortho_cli.errors import NumericsError, OutputError
+from ortho_cli.errors import CheckpointError, NumericsError, OutputError, RecipeError
 from ortho_cli.methods.hra import HRAMethod
 from ortho_cli.recipe.train import load_train
+from ortho_cli.training import cells
 from ortho_cli.training.cells import run_recipe
+from ortho_cli.training.dry_run import describe
 from ortho_cli.training.ema import Average
 from ortho_cli.training.evaluate import evaluate_run
-from ortho_cli.training.run import train
+from ortho_cli.training.run import Interrupted, Outcome, train
 from ortho_cli.training.state import checkpoint_steps
 
 SHORT = {"train": "{epochs: 1, threads: 1}", "methods": "[]", "run": "{dir: FOLDER, save_every_steps: 7}"}
@@ -131,3 +133,38 @@ def test_a_run_with_batch_norm_and_an_average_learns(tmp_path: Path) -> None:
     assert found is not None and found > 0.6
     evaluation = evaluate_run(tmp_path / "run")  # the averages are in the file
     assert evaluation.metrics["accuracy"] == pytest.approx(found)
+
+
+def test_what_would_fail_later_is_said_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A metric that is not evaluated, and a base that is not there, with what makes it; also in a dry run."""
+    monkeypatch.chdir(tmp_path)
+    path = write(tmp_path, "run", **SHORT)
+    mistyped = load_train(path, ["run.best.metric=eval/acuracy"])
+    for attempt in (train, describe):
+        with pytest.raises(RecipeError, match="eval/acuracy is not evaluated") as caught:
+            attempt(mistyped)
+        assert "did you mean 'eval/accuracy'?" in str(caught.value.hint)
+    lacking = load_train(path, ["model.base=runs/digits-vit-pretrain"])
+    with pytest.raises(CheckpointError, match="runs/digits-vit-pretrain does not exist") as missed:
+        train(lacking)
+    assert missed.value.hint == "train it first: ortho train digits-vit-pretrain"
+    assert "model.base: runs/digits-vit-pretrain does not exist" in describe(lacking)["notes"]
+    assert not (tmp_path / "run").exists()
+
+
+def test_each_cell_of_a_matrix_says_its_name(tmp_path: Path) -> None:
+    path = write(tmp_path, "run", **{**SHORT, "methods": HRA}, matrix="{train.seed: [0, 1]}")
+    assert [each.name for each in run_recipe(str(path))] == ["seed=0", "seed=1"]
+
+
+def test_an_interrupted_matrix_says_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the same command: one cell's recipe would leave the others out."""
+    path = write(tmp_path, "run", **SHORT, matrix="{train.seed: [0, 1, 2]}")
+
+    def stopped(*_: Any, **__: Any) -> Outcome:
+        raise Interrupted("stopped at step 3 of 9; the state is saved", hint="go on with one cell")
+
+    monkeypatch.setattr(cells, "train", stopped)
+    with pytest.raises(Interrupted, match="seed=0: stopped at step 3") as caught:
+        run_recipe(str(path))
+    assert caught.value.hint == "the same command goes on, with this cell first; 3 of 3 are to be done"
