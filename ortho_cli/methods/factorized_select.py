@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -94,7 +94,8 @@ def select_candidates(
         found = [each for each in found if each.form.kind != "embedding"]
         stem = next((each for each in found if each.form.kind in ("conv", "transposed")), None)
         out = set(select(exclude, layers, layers.layout).layers) if exclude else set()
-        chosen = [each for each in found[:-1] if each is not stem and each.name not in out]
+        head = _head(model, [*(each.name for each in found), *refused])
+        chosen = [each for each in found if each is not stem and each.name != head and each.name not in out]
         if not chosen:
             raise TargetError(
                 f"nothing to factor in a {type(model).__name__}: of its {len(found)} layers the first convolution and "
@@ -108,6 +109,12 @@ def select_candidates(
         if name in names and name in refused:
             raise TargetError(f"layer {name!r} is {refused[name]}", hint=f"leave it out: exclude {name}")
     return [each for each in found if each.name in names]
+
+
+def _head(model: nn.Module, names: Collection[str]) -> str | None:
+    """The last in model order of some layers, embeddings left out: where it is tied, no other takes its place."""
+    modules = reversed(list(model.named_modules()))
+    return next((name for name, module in modules if name in names and not isinstance(module, nn.Embedding)), None)
 
 
 def layer_ranks(

@@ -121,6 +121,17 @@ def test_all_but_the_stem_and_the_head_are_factored() -> None:
     assert [each.name for each in select_candidates(mixed, ["0", "4"])] == ["0", "4"]
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_head_of_a_language_model_is_no_layer_of_its_body(tied: bool) -> None:
+    """Tied to the embedding it cannot be factored anyway; the body's last layer is not left dense in its place."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(vocab_size=9, n_positions=8, n_embd=8, n_layer=2, n_head=2, tie_word_embeddings=tied)
+    chosen = [each.name for each in select_candidates(GPT2LMHeadModel(config))]
+    parts = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    assert chosen == [f"transformer.h.{block}.{part}" for block in range(2) for part in parts]
+
+
 def test_choices_that_cannot_be() -> None:
     tied = nn.Sequential(nn.Embedding(9, 8), nn.Linear(8, 8), nn.Linear(8, 9, bias=False))
     tied[2].weight = tied[0].weight
