@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Factorization", "FactorizePlan", "checkpoint_parameters"]
 
+ROUNDING = 1e-6  # of a promised bound: what float32 arithmetic may add, and nobody needs to be told
+
 
 @dataclass
 class FactorizePlan(Plan):
@@ -211,6 +213,23 @@ class Factorization:
             for key in ("activation_error", "plain_activation_error"):
                 plan.totals[f"mean_{key}"] = fmean(detail[key] for detail in self.details.values())
         plan.totals["methods"] = dict(Counter(detail["method"] for detail in self.details.values()))
+        plan.notes += self._missed()
+
+    def _missed(self) -> Iterator[str]:
+        """The layers whose exact factors keep the promised bound, and which lose it as they are rounded."""
+        if not self.rule.exact or self.calibration is not None:  # calibrated, the bound is of activations
+            return
+        key, sign = ("energy", -1) if self.rule.name == "energy" else ("relative_error", 1)
+        limit = self.rule.value
+        excess = {name: sign * (detail[key] - limit) for name, detail in self.details.items()}
+        missed = [name for name, above in excess.items() if above > ROUNDING * limit]
+        if missed:
+            worst = max(missed, key=excess.__getitem__)
+            yield (
+                f"{len(missed)} of {len(excess)} layers miss {self.rule} as they are rounded to their stored type; the "
+                f"worst, {worst}, has {key.replace('_', ' ')} {self.details[worst][key]:.6g}: "
+                f"ask for a {'higher' if sign < 0 else 'lower'} --{self.rule.name.replace('_', '-')}"
+            )
 
 
 def _keys(files: Sequence[OutputFile], pool: LayerPool[Computed]) -> list[str]:

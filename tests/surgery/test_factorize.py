@@ -114,6 +114,26 @@ class TestFactors:
                 relative_error(u.double() @ vt.double(), matrix(weight)), rel=1e-3
             )
 
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("rule", ["max_error", "energy"])
+    def test_a_bound_that_rounding_breaks_is_told(self, tmp_path: Path, rule: str, dtype: torch.dtype) -> None:
+        """Ranks come from exact spectra; factors in bfloat16 add an error of their own, in float32 none that counts."""
+        weight = decaying(160, 96, 0, power=3.0).to(dtype)
+        save_file({"net.0.weight": weight}, tmp_path / "base.safetensors")
+        error = float((weight.double() - truncated(weight, 6)).norm() / weight.double().norm()) * 1.001
+        limit = error if rule == "max_error" else 1 - error**2
+        report = factorize(tmp_path / "base.safetensors", tmp_path / "out.safetensors", **{rule: limit})
+        (detail,) = report.details
+        assert detail["rank"] == 6
+        notes = [note for note in report.notes if "rounded" in note]
+        if dtype == torch.float32:
+            assert detail["relative_error"] <= error
+            assert notes == []
+        else:
+            assert detail["relative_error"] > 1.02 * error
+            assert notes[0].startswith(f"1 of 1 layers miss {rule.replace('_', '-')} {limit} as they are rounded")
+            assert notes[0].endswith("lower --max-error" if rule == "max_error" else "higher --energy")
+
     def test_workers_change_nothing(self, base: Path, tmp_path: Path) -> None:
         written = []
         for workers in (1, 2, 5):
