@@ -56,7 +56,7 @@ class Change:
     @property
     def is_resolved(self) -> bool:
         """Whether the weight has full rank at `step`; if not, the stability is that of the directions it has."""
-        return self.sigma_min > RESOLVED * self.sigma_max
+        return not self.sigma_min <= RESOLVED * self.sigma_max  # of a table without them nothing is known
 
 
 COLUMNS = tuple(name for name in Change.__dataclass_fields__ if not name.startswith("top_"))

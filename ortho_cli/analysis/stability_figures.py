@@ -184,7 +184,7 @@ def _hover(changes: Sequence[Change], steps: Sequence[int], cells: Mapping[str, 
         return ()
     told: dict[tuple[str, int], str] = {}
     for change in changes:
-        flag = "" if change.is_resolved or not math.isfinite(change.sigma_max) else " (rank-deficient)"
+        flag = "" if change.is_resolved else " (rank-deficient)"
         told[change.layer, change.step] = (
             f"{change.rows} x {change.cols}, singular values {change.sigma_min:.2g} to {change.sigma_max:.2g}{flag}"
         )

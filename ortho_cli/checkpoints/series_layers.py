@@ -41,6 +41,7 @@ __all__ = [
 
 Shape = tuple[int, ...]
 OPT_IN = ("embedding", "position", "row")
+WEIGHT_ENDS = (".weight", "_weight")
 POSITIONS = re.compile(r"pos(ition)?_?(embed|emb|ition)|relative_position|rel_pos|wpe|embed_positions")
 EMBEDDINGS = re.compile(r"(^|\.)(tok(en)?|word)_?emb|(^|\.)emb(ed|edding)?s?$")
 # A file that sorts its names says nothing of the order of layers; these come first and last in nearly every model.
@@ -174,9 +175,6 @@ def read_flat(layer: SeriesLayer, place: int, entry: Entry) -> Tensor:
     if len(parts) == 3:
         u = u @ parts[1].reshape(*u.shape[:-2], u.shape[-1], u.shape[-1])
     return stored.view.to_weight(u @ vt).reshape(layer.flat_shape)
-
-
-WEIGHT_ENDS = (".weight", "_weight")
 
 
 def _stored(checkpoint: Checkpoint) -> dict[str, Stored]:

@@ -364,4 +364,6 @@ def test_only_stability_is_known() -> None:
             for each in paper_changes()]  # fmt: skip
     report = stability_report(bare, name="x", command="x")
     assert "Rank" not in [title for title, _ in report.sections]
+    unknown = replace(bare[0], sigma_min=math.nan, sigma_max=math.nan)
+    assert unknown.is_resolved and not replace(bare[0], sigma_min=0.0, sigma_max=0.0).is_resolved
     assert len(report.html()) > 10**6  # written as strict JSON, which has no nan
