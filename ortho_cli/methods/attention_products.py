@@ -18,7 +18,7 @@ from ortho_cli.linalg.frobenius import decay_gradients
 from ortho_cli.linalg.heads import output_value, output_value_weights, query_key, query_key_weights
 from ortho_cli.linalg.product import squared_norm
 
-__all__ = ["AttentionProducts", "attention_products"]
+__all__ = ["AttentionProducts", "attention_products", "skipped_attention"]
 
 # Names of the projections of query, key, value and output below an attention module, by library.
 SEPARATE = (
@@ -74,7 +74,7 @@ class AttentionProducts:
 
 
 def attention_products(model: nn.Module) -> dict[str, AttentionProducts]:
-    """The attention layers of a model by the name of their module.
+    """The attention layers of a model by the name of their module; those of `skipped_attention` left out.
 
     Raises:
         TargetError: there are none; or positions are turned into queries and keys (rotary), so that scores are no
@@ -89,31 +89,53 @@ def attention_products(model: nn.Module) -> dict[str, AttentionProducts]:
             f"{rotary} turns queries and keys by their positions, so their product is not what attention scores",
             hint="decay factored layers only: leave attention out",
         )
-    found = {name: made for name, module in model.named_modules() for made in _products(module)}
+    found: dict[str, AttentionProducts] = {}
+    for name, module, parts in _recognised(model):
+        weights = tuple(weight for weight in map(_weight, parts.values()) if isinstance(weight, nn.Parameter))
+        if len(weights) == len(parts):
+            heads, key_heads = _heads(module, getattr(module, next(iter(parts)).partition(".")[0]))
+            found[name] = AttentionProducts(weights, heads, heads if len(weights) == 2 else key_heads)
     if not found:
-        raise TargetError(f"no attention layer is recognised in a {type(model).__name__}")
+        why = "".join(f"; {name}: {reason}" for name, reason in list(skipped_attention(model).items())[:1])
+        raise TargetError(f"no attention layer is recognised in a {type(model).__name__}{why}")
     return found
 
 
-def _products(module: nn.Module) -> Iterator[AttentionProducts]:
-    names = dict(module.named_modules())
-    for separate in SEPARATE:
-        if all(isinstance(getattr(names.get(name), "weight", None), nn.Parameter) for name in separate):
-            heads, key_heads = _heads(module, names[separate[0].partition(".")[0]])
-            yield AttentionProducts(tuple(_weight(names[name]) for name in separate), heads, key_heads)
-            return
-    for first, last in PACKED:
-        packed = getattr(module, first, None)
-        weight = packed if isinstance(packed, nn.Parameter) else getattr(packed, "weight", None)
-        if isinstance(weight, nn.Parameter) and isinstance(getattr(names.get(last), "weight", None), nn.Parameter):
-            heads, _ = _heads(module, module)
-            yield AttentionProducts((weight, _weight(names[last])), heads, heads)
-            return
+def skipped_attention(model: nn.Module) -> dict[str, str]:
+    """The attention layers that are recognised but whose projections are no plain weights, each with the reason.
+
+    >>> import ortho_cli as ortho
+    >>> model = nn.ModuleDict({"attn": nn.MultiheadAttention(8, 2)})
+    >>> _ = ortho.factorize_(model, rank=2, targets=["attn.out_proj"])
+    >>> skipped_attention(model)
+    {'attn': 'its out_proj is a FactorizedLinear'}
+    """
+    found = {}
+    for name, _, parts in _recognised(model):
+        odd = next((part for part, kept in parts.items() if not isinstance(_weight(kept), nn.Parameter)), None)
+        if odd is not None:
+            found[name] = f"its {odd} is a {type(parts[odd]).__name__}"
+    return found
 
 
-def _weight(module: Any) -> nn.Parameter:
-    weight: nn.Parameter = module.weight
-    return weight
+def _recognised(model: nn.Module) -> Iterator[tuple[str, nn.Module, dict[str, Any]]]:
+    """Modules that have all projections of one library's naming, with these: layers, or weights of the module's own."""
+    for name, module in model.named_modules():
+        for names in (*SEPARATE, *PACKED):
+            parts = {part: _kept(module, part) for part in names}
+            if all(isinstance(part, (nn.Module, Tensor)) for part in parts.values()):
+                yield name, module, parts
+                break
+
+
+def _kept(module: Any, path: str) -> Any:
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return module
+
+
+def _weight(part: Any) -> Any:
+    return part if isinstance(part, Tensor) else getattr(part, "weight", None)
 
 
 def _heads(*modules: nn.Module) -> tuple[int, int]:

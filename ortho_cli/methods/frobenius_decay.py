@@ -17,7 +17,7 @@ from ortho_cli.errors import TargetError
 from ortho_cli.linalg.frobenius import add_decay_gradients_
 
 from .adapter_layer import whole
-from .attention_products import attention_products
+from .attention_products import attention_products, skipped_attention
 from .factored_module import FactoredModule
 from .factorized_base import FactorizedLayer
 from .method import Context, Method
@@ -177,6 +177,12 @@ class FrobeniusDecayMethod(Method):
             heads = attention_products(model)
             self.layers |= heads
             self.notes.append(f"decays the {what} of {len(heads)} attention layers, head by head")
+            skipped = skipped_attention(model)
+            if skipped:
+                name, reason = next(iter(skipped.items()))
+                self.notes.append(
+                    f"does not decay {len(skipped)} attention layers head by head, first {name}: {reason}"
+                )
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """The factors, without weight decay; to compare with, with it and nothing else."""

@@ -115,6 +115,22 @@ def test_the_method_takes_attention_beside_factored_layers_or_alone() -> None:
         assert method.scalars()["penalty"] > 0
 
 
+@pytest.mark.parametrize("which", range(7))
+def test_attention_that_is_factored_is_skipped_and_told(which: int) -> None:
+    context, whole, factored = Context(0, 1, "classify", None), attentions()[which][0], attentions()[which][0]
+    model = nn.ModuleDict({"whole": whole, "factored": factored})
+    *_, last = (name for name, module in model.named_modules() if name[:4] == "fact" and isinstance(module, nn.Linear))
+    ortho.factorize_(model, rank=2, targets=[last])
+    method = FrobeniusDecayMethod(FrobeniusDecay(name="frobenius_decay", attention=True))
+    method.prepare(model, context)
+    assert list(attention_products(model)) == ["whole"]
+    reason = f"its {last.removeprefix('factored.')} is a FactorizedLinear"
+    assert method.notes[2:] == [f"does not decay 1 attention layers head by head, first factored: {reason}"]
+    del model["whole"]
+    with pytest.raises(TargetError, match=f"no attention layer is recognised in a ModuleDict; factored: {reason}"):
+        attention_products(model)
+
+
 def test_what_is_not_recognised() -> None:
     with pytest.raises(TargetError, match="no attention layer is recognised"):
         attention_products(nn.Linear(2, 2))
