@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import platform
 import re
 import shutil
 import tempfile
@@ -102,7 +103,7 @@ def atomic(output: Path, *, force: bool = True) -> Iterator[Path]:
         force: replace an existing output; without it, what another program puts there meanwhile stays.
 
     Yields:
-        ``.<name>.partial-<pid>`` in the same folder; create a file or a folder there.
+        ``.<name>.partial-<pid>-<host>`` in the same folder; create a file or a folder there.
 
     Raises:
         OutputError: it cannot be written, or exists and `force` is not given.
@@ -134,7 +135,12 @@ def atomic(output: Path, *, force: bool = True) -> Iterator[Path]:
 
 
 def _partial(output: Path) -> Path:
-    return output.with_name(f".{output.name}.partial-{os.getpid()}")
+    return output.with_name(f".{output.name}.partial-{os.getpid()}-{_host()}")
+
+
+def _host() -> str:
+    """This machine's name: on a disk that several share, only one's own processes can be asked whether they live."""
+    return re.sub(r"[^\w.-]", "_", platform.node())
 
 
 def _put(partial: Path, output: Path) -> None:
@@ -142,7 +148,7 @@ def _put(partial: Path, output: Path) -> None:
     if not os.path.lexists(output) or not (partial.is_dir() or (output.is_dir() and not output.is_symlink())):
         os.replace(partial, output)
     elif not _exchange(partial, output):  # a folder does not replace, and is not replaced, by a plain rename
-        old = output.with_name(f".{output.name}.old-{os.getpid()}")
+        old = output.with_name(f".{output.name}.old-{os.getpid()}-{_host()}")
         os.rename(output, old)
         try:
             os.rename(partial, output)
@@ -196,11 +202,11 @@ def _rename(first: Path, second: Path, flags: int) -> int:
 
 
 def _sweep(output: Path) -> None:
-    """Remove what dead processes left for this output: partials, and old folders that were being replaced.
+    """Remove what dead processes of this host left for this output: partials, and old folders that were being replaced.
 
     An old folder whose replacement never came into place is put back instead.
     """
-    pattern = re.compile(re.escape(f".{output.name}.") + r"(partial|old)-(\d{1,10})")
+    pattern = re.compile(re.escape(f".{output.name}.") + r"(partial|old)-(\d{1,10})-" + re.escape(_host()))
     for path in sorted(output.parent.iterdir()):
         match = pattern.fullmatch(path.name)
         if match is None or _is_alive(int(match[2])):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from ortho_cli.errors import OutputError
 
 Usage = namedtuple("Usage", "total used free")
 DEAD = 4_194_303  # above the default limit of process numbers' everyday use; checked below
+HOST = re.sub(r"[^\w.-]", "_", platform.node())
 
 
 def checkpoint(folder: Path, content: str = "old") -> Path:
@@ -130,7 +133,7 @@ def test_a_disk_too_full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def write(output: Path, kind: str, content: str = "new") -> None:
     with atomic(output) as partial:
-        assert partial.name == f".{output.name}.partial-{os.getpid()}"
+        assert partial.name == f".{output.name}.partial-{os.getpid()}-{HOST}"
         if kind == "folder":
             checkpoint(partial, content)
             checkpoint(partial / "unet", content)
@@ -215,7 +218,7 @@ def test_what_came_meanwhile_stays_without_force(
 
 
 def test_what_exists_is_refused_before_the_work_without_force(tmp_path: Path) -> None:
-    checkpoint(tmp_path / f".out.old-{DEAD}", "older")  # put back by the sweep
+    checkpoint(tmp_path / f".out.old-{DEAD}-{HOST}", "older")  # put back by the sweep
     with pytest.raises(OutputError, match="output exists"), atomic(tmp_path / "out", force=False):
         raise AssertionError("nothing may be computed")
     assert content(tmp_path / "out") == "older"
@@ -248,9 +251,11 @@ def test_partials_of_the_dead_are_swept_and_of_the_living_left(tmp_path: Path) -
     living = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     try:
         names = {
-            f".out.partial-{DEAD}": False, f".out.partial-{os.getpid()}": False, ".out.partial-9999999999": False,
-            f".out.old-{DEAD}": False, f".out.partial-{living.pid}": True, f".other.partial-{DEAD}": True,
-            ".out.partial-x": True, f"out.partial-{DEAD}": True, ".out.partial-" + "9" * 30: True,
+            f".out.partial-{DEAD}-{HOST}": False, f".out.partial-{os.getpid()}-{HOST}": False,
+            f".out.partial-9999999999-{HOST}": False, f".out.old-{DEAD}-{HOST}": False,
+            f".out.partial-{living.pid}-{HOST}": True, f".other.partial-{DEAD}-{HOST}": True,
+            f".out.partial-x-{HOST}": True, f"out.partial-{DEAD}-{HOST}": True, f".out.partial-{'9' * 30}-{HOST}": True,
+            f".out.partial-{DEAD}-{HOST}x": True, f".out.old-{DEAD}-other": True,
         }  # fmt: skip
         for number, name in enumerate(names):
             checkpoint(tmp_path / name) if number % 2 else (tmp_path / name).touch()
@@ -262,7 +267,7 @@ def test_partials_of_the_dead_are_swept_and_of_the_living_left(tmp_path: Path) -
 
 
 def test_an_old_folder_whose_successor_never_came_is_put_back(tmp_path: Path) -> None:
-    checkpoint(tmp_path / f".out.old-{DEAD}", "older")
+    checkpoint(tmp_path / f".out.old-{DEAD}-{HOST}", "older")
     with pytest.raises(KeyboardInterrupt), atomic(tmp_path / "out"):
         raise KeyboardInterrupt
     assert content(tmp_path / "out") == "older"
