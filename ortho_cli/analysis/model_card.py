@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ortho_cli import __version__
+from ortho_cli.checkpoints.factored import CONFIG_NAME
 from ortho_cli.checkpoints.store import read_json
 
 from .metric_names import metric_title, metric_value, tail
@@ -32,6 +33,7 @@ DATASETS = {
     "tiny-imagenet": "zh-plus/tiny-imagenet",
     "imagenet": "ILSVRC/imagenet-1k",
 }
+FACTORED = "factors"  # in what methods with factors export
 SHOWN_FIGURES = ("loss", "accuracy")
 
 
@@ -47,6 +49,7 @@ def card_text(run: Run) -> str:
         "## How to load it",
         "All commands are given inside this folder.",
         *(text for adapter in adapters for text in _adapter(run, adapter)),
+        *(text for export in exports for text in _factors(export)),
         *_weights(state),
         "## The same again",
         _fenced("bash", "ortho train recipe.yaml --set run.dir=again"),
@@ -120,6 +123,19 @@ def _adapter(run: Run, adapter: Path) -> list[str]:
         merge = f"ortho merge {shlex.quote(str(base) if named else 'BASE')} {place} -o merged.safetensors"
         about = "To fold it into the base's weights" + ("" if named else f" (`BASE`: those of `{public_text(base)}`)")
         parts += [f"{about}:", _fenced("bash", merge)]
+    return parts
+
+
+def _factors(export: Path) -> list[str]:
+    """How to use the low-rank factors that a run left, and the dense network they multiply out to."""
+    if not (export / FACTORED / CONFIG_NAME).is_file():
+        return []
+    place = f"export/{export.name}"
+    code = f'import ortho_cli as ortho\n\nmodel = ortho.load_factorized(model, "{place}/{FACTORED}")  # model: dense'
+    parts = [f"`{place}/{FACTORED}` holds its factors; they go into a model of the dense network's shape:"]
+    parts += [_fenced("python", code)]
+    if (export / "dense").is_dir():
+        parts.append(f"`{place}/dense` is that network with the factors multiplied out, a drop-in.")
     return parts
 
 

@@ -29,6 +29,8 @@ __all__ = [
 PICKLE_SUFFIXES = (".ckpt", ".bin", ".pt", ".pth")
 WEIGHT_SUFFIXES = (".safetensors", *PICKLE_SUFFIXES)
 STEMS = ("model", "diffusion_pytorch_model", "adapter_model", "pytorch_lora_weights")
+WEIGHTS_BELOW = ("*/model.safetensors", "checkpoints/*/model.safetensors")  # of an export, of a run
+NAMED_BELOW = 3
 MAX_JSON_BYTES = 10_000_000
 # Folders by which a pipeline is known even without its model_index.json.
 WEIGHT_COMPONENTS = (
@@ -113,9 +115,13 @@ def _open_folder(source: str, root: Path, variant: str | None) -> Checkpoint:
         return single
     if any((root / child).is_dir() for child in WEIGHT_COMPONENTS):
         return _open_pipeline(source, root, variant)
+    below = {path.parent for pattern in WEIGHTS_BELOW for path in root.glob(pattern)}
+    named = ", ".join(str(root / path.relative_to(root)) for path in sorted(below)[:NAMED_BELOW])
     raise CheckpointError(
         f"folder holds no weights: {quoted(root.name)}",
-        hint="expected model.safetensors, an index, model_index.json or adapter_config.json in it; or name one file",
+        hint=f"folders below it do, name one: {printable(named)}"
+        if below
+        else "expected model.safetensors, an index, model_index.json or adapter_config.json in it; or name one file",
         where=str(root),
     )
 

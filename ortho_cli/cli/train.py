@@ -153,9 +153,32 @@ def _report(recipe: str, outcomes: list[Outcome], *, as_json: bool, quiet: bool)
         })  # fmt: skip
     elif not quiet:
         console = console_out()
+        if len(outcomes) > 1:
+            _matrix(console, outcomes)
+            return
         for outcome in outcomes:
             table(console, None, _rows(outcome))
             show_notes(console, outcome.notes)
+
+
+def _matrix(console: Any, outcomes: list[Outcome]) -> None:
+    """A line for each cell, finished now or before, and where their table is."""
+    from ortho_cli.cli.show import show_notes, table
+
+    names = list(dict.fromkeys(name for each in outcomes for name in each.metrics if name.startswith("eval/")))
+    rows = [
+        [each.name, *(_shown(each.metrics.get(name)) for name in names), f"{each.step:,}", f"{each.trainable:,}"]
+        for each in outcomes
+    ]
+    table(console, ["cell", *names, "steps", "trained parameters"], rows)
+    show_notes(console, (note for each in outcomes for note in each.notes))
+    folder = Path(outcomes[0].folder).parent
+    console.print(f"wrote {folder / 'table.md'} and table.csv: means over seeds", markup=False, soft_wrap=True)
+    console.print(f"with pictures: ortho analyze runs {folder} -o comparison", markup=False, soft_wrap=True)
+
+
+def _shown(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4g}"
 
 
 def _rows(outcome: Outcome) -> list[tuple[str, Any]]:
@@ -165,7 +188,7 @@ def _rows(outcome: Outcome) -> list[tuple[str, Any]]:
         (outcome.name or "run", outcome.folder),
         ("steps", f"{outcome.step:,}"),
         ("parameters", f"{outcome.trainable:,} of {outcome.parameters:,} train"),
-        *((name, "not finite" if value is None else f"{value:.4g}") for name, value in metrics),
+        *((name, _shown(value)) for name, value in metrics),
         *([("best", f"{outcome.best:.4g} at step {outcome.best_step:,}")] if outcome.best_step is not None else []),
         *(("export", path) for path in outcome.exports),
         ("seconds", f"{outcome.seconds:.1f}"),

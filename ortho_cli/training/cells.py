@@ -59,7 +59,8 @@ def run_recipe(
         if recipe.matrix is None:
             with observe("train") as view:
                 return [train(recipe, resume=resume, force=force, observer=view)]
-        outcomes, failed = [], []
+        outcomes: list[Outcome] = []
+        failed: list[str] = []
         for one, own in found if cell is None else [found[cell]]:
             outcome = None if force else _finished(Path(own.run.dir), own)
             if outcome is None:
