@@ -34,6 +34,13 @@ __all__ = ["Factorization", "FactorizePlan", "checkpoint_parameters"]
 ROUNDING = 1e-6  # of a promised bound: what float32 arithmetic may add, and nobody needs to be told
 
 
+FAINT = 0.05  # of a layer's squared norm: what is left of it is noise
+FORM_NOTES = {
+    "dense": "the weights keep their shapes and the file its size; parameters are those that factors would have",
+    "lora-residual": "base and adapter together are the checkpoint; parameters and errors are the adapter's part alone",
+}
+
+
 @dataclass
 class FactorizePlan(Plan):
     """A plan that also keeps singular values, for pictures: all of a layer's, or those of its factors."""
@@ -181,6 +188,8 @@ class Factorization:
             }  # fmt: skip
 
     def _notes(self) -> Iterator[str]:
+        if self.form in FORM_NOTES:
+            yield FORM_NOTES[self.form]
         whole = {**self.selected.whole, **self.ranks.whole}
         for reason, count in Counter(map(_reason_kind, whole.values())).items():
             yield f"{count} {'layer stays' if count == 1 else 'layers stay'} whole: {reason}"
@@ -213,7 +222,16 @@ class Factorization:
             for key in ("activation_error", "plain_activation_error"):
                 plan.totals[f"mean_{key}"] = fmean(detail[key] for detail in self.details.values())
         plan.totals["methods"] = dict(Counter(detail["method"] for detail in self.details.values()))
-        plan.notes += self._missed()
+        plan.notes += [*self._missed(), *self._faint()]
+
+    def _faint(self) -> Iterator[str]:
+        """Layers of which next to nothing is left."""
+        faint = [name for name, detail in self.details.items() if detail["energy"] < FAINT]
+        if faint and self.form != "lora-residual":
+            yield (
+                f"{len(faint)} of {len(self.details)} layers keep less than {FAINT:.0%} of their energy, "
+                f"first {faint[0]}: leave them whole with --exclude, keep more, or fit the factors to data with --calibrate"
+            )
 
     def _missed(self) -> Iterator[str]:
         """The layers whose exact factors keep the promised bound, and which lose it as they are rounded."""
