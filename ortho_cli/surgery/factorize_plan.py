@@ -230,7 +230,7 @@ class Factorization:
         if faint and self.form != "lora-residual":
             yield (
                 f"{len(faint)} of {len(self.details)} layers keep less than {FAINT:.0%} of their energy, "
-                f"first {faint[0]}: leave them whole with --exclude, keep more, or fit the factors to data with --calibrate"
+                f"first {faint[0]}: --exclude them, keep more, or fit the factors with --calibrate"
             )
 
     def _missed(self) -> Iterator[str]:
