@@ -74,7 +74,7 @@ class AdamW(_Optimizer):
 
 
 class Muon(_Optimizer):
-    """Momentum made orthogonal, for matrices; what is no matrix is trained by AdamW at the same learning rate."""
+    """Momentum made orthogonal, for hidden matrices; AdamW, at this rate, for head, embeddings, kernels and vectors."""
 
     name: Literal["muon"] = Field(description="The optimizer.")
     momentum: Momentum = 0.95

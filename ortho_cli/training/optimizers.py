@@ -6,12 +6,13 @@ torch's own where it has one; two that papers of this field used and torch lacks
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ortho_cli.errors import RecipeError
 from ortho_cli.methods.adapter_layer import whole
 
 __all__ = [
@@ -22,7 +23,8 @@ __all__ = [
 NORMS = (
     nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.modules.batchnorm._BatchNorm, nn.LocalResponseNorm,
 )  # fmt: skip
-MATRIX = 2  # axes; muon orthogonalises matrices and leaves the rest to AdamW, and what has fewer is not decayed
+MATRIX = 2  # axes; what has fewer is not decayed
+ENDS = "ends"  # key of a group: ids of parameters that muon leaves to AdamW though they are matrices
 
 
 def parameter_groups(
@@ -38,7 +40,7 @@ def parameter_groups(
             optimizer's.
 
     Returns:
-        Groups in a fixed order, empty ones left out.
+        Groups in a fixed order, empty ones left out; each with `ENDS`, which is for `build_optimizer`.
     """
     own = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
     claimed = [{**group, "params": [each for each in group["params"] if id(each) in own]} for group in claimed]
@@ -57,12 +59,30 @@ def parameter_groups(
         {"params": bare, "weight_decay": 0.0},
         *({"weight_decay": weight_decay, **group} for group in claimed),
     ]
-    return [group for group in groups if group["params"]]
+    ends = _ends(model)
+    return [{**group, ENDS: ends} for group in groups if group["params"]]
+
+
+def _ends(model: nn.Module) -> frozenset[int]:
+    """Ids of the parameters of embeddings, and of the head: the last module that keeps a matrix of its own."""
+    keepers = [
+        module
+        for module in model.modules()
+        if not isinstance(module, NORMS) and any(each.dim() >= MATRIX for each in module.parameters(recurse=False))
+    ]
+    ends = [*(module for module in keepers if isinstance(module, nn.Embedding)), *keepers[-1:]]
+    return frozenset(id(parameter) for module in ends for parameter in module.parameters(recurse=False))
 
 
 def build_optimizer(config: Any, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-    """The optimizer that a recipe's `optimizer` section names, over `parameter_groups`."""
-    optimizer = _optimizer(config, groups)
+    """The optimizer that a recipe's `optimizer` section names, over `parameter_groups`.
+
+    Raises:
+        RecipeError: muon, and no matrix to orthogonalise.
+    """
+    ends = frozenset[int]().union(*(group.get(ENDS, ()) for group in groups))
+    groups = [{key: value for key, value in group.items() if key != ENDS} for group in groups]
+    optimizer = _muon(config, groups, ends) if config.name == "muon" else _optimizer(config, groups)
     for group in optimizer.param_groups:
         group["base_lr"] = group["lr"]
     return optimizer
@@ -97,8 +117,6 @@ def _optimizer(config: Any, groups: list[dict[str, Any]]) -> torch.optim.Optimiz
         return torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=True)
     if config.name == "nag":
         return NAG(groups, lr=lr, momentum=config.momentum)
-    if config.name == "muon":
-        return _muon(config, groups)
     if config.name == "adam" and not config.bias_correction:
         return UncorrectedAdam(groups, lr=lr, betas=tuple(config.betas), eps=config.eps)
     kind = torch.optim.Adam if config.name == "adam" else torch.optim.AdamW
@@ -168,7 +186,7 @@ class UncorrectedAdam(torch.optim.Optimizer):
 
 
 class _Pair(torch.optim.Optimizer):
-    """Muon for matrices and AdamW for the rest, as one optimizer to the loop."""
+    """Muon and AdamW as one optimizer to the loop."""
 
     def __init__(self, parts: Iterable[torch.optim.Optimizer]) -> None:
         self.parts = list(parts)
@@ -197,17 +215,22 @@ class _Pair(torch.optim.Optimizer):
         return loss
 
 
-def _muon(config: Any, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+def _muon(config: Any, groups: list[dict[str, Any]], ends: Container[int]) -> torch.optim.Optimizer:
+    """Muon for matrices but the model's ends, and AdamW for the rest; torch's Muon takes no kernels."""
     matrices: list[dict[str, Any]] = []
     others: list[dict[str, Any]] = []
     for group in groups:
         for wanted, kept in ((True, matrices), (False, others)):
-            chosen = [parameter for parameter in group["params"] if (parameter.dim() == MATRIX) is wanted]
+            chosen = [each for each in group["params"] if (each.dim() == MATRIX and id(each) not in ends) is wanted]
             if chosen:
                 kept.append({**group, "params": chosen})
-    parts: list[torch.optim.Optimizer] = []
-    if matrices:
-        parts.append(torch.optim.Muon(matrices, lr=config.lr, momentum=config.momentum))
+    if not matrices:
+        raise RecipeError(
+            "optimizer: muon is for matrices of hidden layers, and none trains here (embeddings, the head and the "
+            "kernels of convolutions are AdamW's)",
+            hint="use adamw",
+        )
+    parts: list[torch.optim.Optimizer] = [torch.optim.Muon(matrices, lr=config.lr, momentum=config.momentum)]
     if others:
         parts.append(torch.optim.AdamW(others, lr=config.lr))
     return _Pair(parts)

@@ -10,6 +10,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 
+from ortho_cli.errors import RecipeError
 from ortho_cli.recipe.optim import Optimizer
 from ortho_cli.training.optimizers import (
     build_optimizer,
@@ -103,13 +104,13 @@ def test_berts_adam() -> None:
         assert torch.allclose(mine, theirs, atol=1e-6)
 
 
-def test_muon_is_for_matrices_and_adamw_for_the_rest() -> None:
-    """Each part is torch's own, at the same learning rate."""
+def test_muon_is_for_matrices_of_hidden_layers_and_adamw_for_the_rest() -> None:
+    """Each part is torch's own, at the same learning rate; embeddings, kernels and vectors are AdamW's."""
     model = network()
     parameters = list(model.parameters())
     parts = [
-        torch.optim.Muon([value for value in parameters if value.dim() == 2], lr=0.1),
-        torch.optim.AdamW([value for value in parameters if value.dim() != 2], lr=0.1, weight_decay=0.1),
+        torch.optim.Muon([model[2].weight], lr=0.1),
+        torch.optim.AdamW([value for value in parameters if value is not model[2].weight], lr=0.1, weight_decay=0.1),
     ]
     for step, factor in enumerate(RATES):
         for parameter, gradient in zip(parameters, gradients(model, step), strict=True):
@@ -119,6 +120,19 @@ def test_muon_is_for_matrices_and_adamw_for_the_rest() -> None:
             part.step()
     for mine, theirs in zip(trained({"name": "muon", "lr": 0.1}), parameters, strict=True):
         assert torch.equal(mine, theirs)
+
+
+def test_muon_leaves_the_head_to_adamw_and_needs_another_matrix() -> None:
+    config = TypeAdapter(Optimizer).validate_python({"name": "muon", "lr": 0.1})
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2), nn.LayerNorm(2))
+    optimizer = build_optimizer(config, parameter_groups(model, 0.1, decay_norms=False))
+    hidden, *rest = optimizer.param_groups
+    assert hidden["params"] == [model[0].weight] and "momentum" in hidden
+    assert sum(len(group["params"]) for group in rest) == 5 and all("betas" in group for group in rest)
+    kernels = nn.Sequential(nn.Conv2d(1, 4, 3), nn.Flatten(), nn.Linear(4, 2))
+    with pytest.raises(RecipeError, match="muon is for matrices of hidden layers, and none trains here") as caught:
+        build_optimizer(config, parameter_groups(kernels, 0.1, decay_norms=False))
+    assert caught.value.hint == "use adamw"
 
 
 class OwnNorm(nn.Module):
