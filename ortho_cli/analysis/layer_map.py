@@ -73,17 +73,30 @@ def layer_map(
 
 
 def _column_labels(blocks: Sequence[str]) -> tuple[tuple[str, ...], str]:
-    """Names that fit below columns, and what they leave out: `i4` for `model.input_blocks.4`."""
+    """Names that fit below columns, and what they leave out: `i4.1` for `model.input_blocks.4.1`."""
     prefix = _common_prefix([block for block in blocks if block])
     names = [block.removeprefix(prefix) for block in blocks]
     words = sorted({part for name in names for part in name.split(".") if part and not part.isdigit()})
-    initials = {word: word[0] for word in words}
-    if sum(map(len, names)) > LABEL_ROOM and len(set(initials.values())) == len(words):
-        legend = ", ".join(f"{short} = {word}" for word, short in initials.items())
-        shorts = tuple("".join(initials.get(part, part) for part in name.split(".")) or "(top)" for name in names)
-        if len(set(shorts)) == len(shorts):
-            return shorts, legend
+    if sum(map(len, names)) > LABEL_ROOM:
+        starts = {word: _start(word, words) for word in words}
+        legend = ", ".join(f"{start} = {word}" for word, start in starts.items())
+        return tuple(_short(name, starts) for name in names), legend
     return tuple(name or "(top)" for name in names), prefix.rstrip(".")
+
+
+def _start(word: str, words: Sequence[str]) -> str:
+    """The first letters of a word by which it is told from all others."""
+    lengths = range(1, len(word) + 1)
+    return next((word[:n] for n in lengths if sum(other.startswith(word[:n]) for other in words) == 1), word)
+
+
+def _short(name: str, starts: Mapping[str, str]) -> str:
+    """A block's name by the starts of its words, with a dot between what would run together."""
+    text = ""
+    for part in name.split("."):
+        apart = text and not (part.isdigit() and text[-1].isalpha())
+        text += ("." if apart else "") + starts.get(part, part)
+    return text or "(top)"
 
 
 def _grid(layers: Sequence[str]) -> Grid | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +21,8 @@ PICTURE_FORMATS = ("png", "svg", "pdf")
 WIDTH, CURVE_HEIGHT, ROW_HEIGHT, ROOM = 6.4, 3.3, 0.3, 1.1  # inches
 MAP_HEIGHT, BELOW = 4.3, 0.2  # of a heatmap without names; the line under it, as a share of the matrix's height
 MAX_HEIGHT = 16.0
+LABEL_WIDTH = 60  # characters of a line below a heatmap
+TICK_ROOM = 45  # characters that fit below a heatmap side by side
 DRAWN = {"solid": "-", "dash": (0, (5, 2)), "dot": (0, (1, 1.5))}
 # Without dates the same figure gives the same file.
 METADATA: dict[str, dict[str, None]] = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
@@ -111,7 +114,9 @@ def _heatmap(canvas: Canvas, axes: Axes, figure: Heatmap, line: Axes | None) -> 
     axes.spines[:].set_visible(False)
     for axis, names, most in ((axes.xaxis, figure.columns, 12), (axes.yaxis, figure.rows, 60)):
         every = -(-len(names) // most) or 1
-        axis.set_ticks(range(0, len(names), every), [shorten(name) for name in names[::every]])
+        shown = [shorten(name) for name in names[::every]]
+        upright = axis is axes.xaxis and sum(map(len, shown)) > TICK_ROOM
+        axis.set_ticks(range(0, len(names), every), shown, rotation=90 if upright else 0)
     if figure.ends:
         last = len(figure.rows) - 1
         axes.set_yticks([0.12 * last, 0.88 * last], figure.ends, rotation=90, va="center")
@@ -123,7 +128,7 @@ def _heatmap(canvas: Canvas, axes: Axes, figure: Heatmap, line: Axes | None) -> 
                     shade = _INK["paper"] if not figure.diverging and value > middle else _INK["text"]
                     text = format(value, figure.cell_format)
                     axes.text(column, row, text, ha="center", va="center", color=shade, fontsize=8)
-    (axes if line is None else line).set_xlabel(figure.x_label)
+    (axes if line is None else line).set_xlabel(textwrap.fill(figure.x_label, LABEL_WIDTH))
     axes.set_ylabel(figure.y_label)
     if line is not None:
         axes.tick_params(axis="x", labelbottom=False, length=0)
