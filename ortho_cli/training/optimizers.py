@@ -193,6 +193,8 @@ class _Pair(torch.optim.Optimizer):
         groups = [group for part in self.parts for group in part.param_groups]
         super().__init__([{**group, "params": list(group["params"])} for group in groups], {})
         self._link()
+        muon, *rest = [sum(each.numel() for g in part.param_groups for each in g["params"]) for part in self.parts]
+        self.notes = (f"optimizer: muon trains {muon:,} parameters, adamw {sum(rest):,}",)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As any optimizer's; accelerate calls it to move moments to the device."""

@@ -134,6 +134,7 @@ def open_session(recipe: Any, accelerator: Accelerator | None = None, *, judging
     average = Average(recipe.train.ema) if recipe.train.ema is not None else None
     session = Session(recipe, accelerator, task, model, methods, steps_per_epoch, total, schedule, average)
     session.notes += [f"{method.name}: {note}" for method in methods for note in getattr(method, "notes", ())]
+    session.notes += [f"model: {note}" for note in getattr(model, "notes", ())]
     if left_over:
         session.notes.append(f"model.base: {len(left_over)} of its tensors are not used, first {left_over[0]}")
     if (recipe.run.samples_every or recipe.run.samples_every_steps) and not session.makes_samples:
@@ -199,6 +200,7 @@ def prepare_training(session: Session) -> None:
                 "nothing trains: every parameter is frozen", hint="add a method, or remove what freezes it"
             )
         optimizers.append(build_optimizer(recipe.optimizer, groups))
+        session.notes += [note for note in getattr(optimizers[-1], "notes", ()) if note not in session.notes]
     compiled = torch.compile(model) if recipe.train.compile else model
     session.wrapped, *prepared = accelerator.prepare(compiled, *optimizers)
     if accelerator.scaler is None:  # accelerate's wrapper serves the scaler of fp16, and costs 0.3 ms a step
