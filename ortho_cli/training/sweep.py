@@ -220,6 +220,11 @@ class _Watch:
         if self._view is not None:
             self._view.timing(counters, values)
 
+    def stopping(self) -> None:
+        """A signal asked to stop."""
+        if self._view is not None:
+            self._view.stopping()
+
     def _report(self, step: int, value: float) -> bool:
         """Tell the study, once for each step (a resumed run repeats some); whether it had not heard of it."""
         if step in self._reported or not isfinite(value):
