@@ -126,6 +126,8 @@ def interrupting(name: str) -> Callable[[str], Any]:
 
         def timing(self, counters: Any, values: dict[str, float]) -> None: ...
 
+        def stopping(self) -> None: ...
+
         def metrics(self, counters: Any, values: dict[str, float]) -> None:
             if "eval/accuracy" in values:
                 signal.raise_signal(signal.SIGINT)
