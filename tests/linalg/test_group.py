@@ -51,6 +51,11 @@ def close(found: Tensor, expected: Tensor, tolerance: float) -> bool:
     return float((found.double() - expected).norm()) <= tolerance * max(1.0, float(expected.norm()))
 
 
+def gradient_unit(rows: Tensor, normalize: bool) -> float:
+    """The scale-free gradient is a difference of terms of size 1 / |T|, and so is its rounding where they cancel."""
+    return min(1.0, float(rows.norm())) if normalize else 1.0
+
+
 def golden(rows: int, columns: int) -> Tensor:
     """The matrix A that the golden numbers of the facts are stated for."""
     i = torch.arange(rows, dtype=torch.float64)[:, None]
@@ -91,8 +96,7 @@ def test_golden_numbers(rows: int, columns: int, count: int, inter: float, intra
 @given(matrices(), modes, st.booleans())
 def test_value_and_gradient_are_those_of_the_definition(case: tuple[Tensor, int], mode: str, normalize: bool) -> None:
     rows, count = case
-    # The scale-free gradient is a difference of terms of size 1 / |T|, and so is its rounding where they cancel.
-    unit = min(1.0, float(rows.norm())) if normalize else 1.0
+    unit = gradient_unit(rows, normalize)
     value, gradient = naive_gradient(rows, count, mode, normalize)
     found, (own,) = bucket_penalty([rows], count, mode, normalize=normalize)
     assert close(found, value, 1e-12) and close(unit * own, unit * gradient, 1e-12)
@@ -121,7 +125,8 @@ def test_many_layers_are_the_sum_of_each(
         penalty.backward()  # a second time, into the same .grad
     for leaf, (_, gradient) in zip(leaves, expected, strict=True):
         assert (leaf.grad is not None) == leaf.requires_grad
-        assert leaf.grad is None or close(leaf.grad, 4 * gradient, 1e-12)
+        unit = gradient_unit(leaf.detach(), normalize)
+        assert leaf.grad is None or close(unit * leaf.grad, 4 * unit * gradient, 1e-12)
 
 
 @quick
