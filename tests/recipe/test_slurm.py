@@ -163,6 +163,7 @@ def test_the_interactive_script_by_hand_and_submitted(cluster: Cluster) -> None:
     assert job.returncode == -signal.SIGTERM
 
 
+@pytest.mark.slow
 def test_a_real_run_by_the_script(cluster: Cluster) -> None:
     real = f'exec {sys.executable} -m accelerate.commands.accelerate_cli "$@"'
     (cluster.bin / "accelerate").write_text(f"#!/usr/bin/env bash\n{real}\n")

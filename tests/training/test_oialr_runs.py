@@ -33,7 +33,8 @@ ADAMW = "{name: adamw, lr: 2e-3}"
 
 
 @pytest.mark.parametrize(("methods", "optimizer", "stop"), [
-    (f"[{OIALR}, {TRACK}]", ADAMW, 17), (f"[{OIALR}, {TRACK}]", SGD, 30), (f"[{STEP}]", ADAMW, 40),
+    (f"[{OIALR}, {TRACK}]", ADAMW, 17), pytest.param(f"[{OIALR}, {TRACK}]", SGD, 30, marks=pytest.mark.slow),
+    pytest.param(f"[{STEP}]", ADAMW, 40, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_killed_and_resumed(methods: str, optimizer: str, stop: int, tmp_path: Path) -> None:
     sections = {"methods": methods, "optimizer": optimizer, "model": MODEL}

@@ -38,7 +38,7 @@ def sections(method: str) -> dict[str, str]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["gor", "hra", pytest.param("plain", marks=pytest.mark.slow)])
 def test_two_processes_equal_one(method: str, tmp_path: Path) -> None:
     """Losses, penalties, norms, evaluations and weights; gradients of penalties are averaged, not forgotten."""
     for name, processes in (("one", 1), ("two", 2)):
@@ -66,6 +66,7 @@ def test_two_processes_equal_one(method: str, tmp_path: Path) -> None:
         assert (tmp_path / "two" / "export" / "hra" / "adapter_model.safetensors").is_file()
 
 
+@pytest.mark.slow
 def test_two_processes_resume_bit_for_bit(tmp_path: Path) -> None:
     for name, lengths in (("whole", [STEPS]), ("parts", [4, STEPS])):
         path = write(tmp_path, name, **sections("gor"))
@@ -81,6 +82,7 @@ def test_two_processes_resume_bit_for_bit(tmp_path: Path) -> None:
         assert (whole / name).read_bytes() == (parts / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_stopped_launcher_leaves_a_state_to_go_on_from(tmp_path: Path) -> None:
     """What a cluster does to a job: all processes agree on the step, save once, and the run can be resumed."""
     steps = 60  # many seconds
@@ -105,7 +107,7 @@ def test_a_stopped_launcher_leaves_a_state_to_go_on_from(tmp_path: Path) -> None
     assert checkpoint_steps(tmp_path / "run")[-1] == steps
 
 
-@pytest.mark.parametrize("what", ["shapes", "phases"])
+@pytest.mark.parametrize("what", ["shapes", pytest.param("phases", marks=pytest.mark.slow)])
 def test_shapes_and_phases_in_two_processes(what: str, tmp_path: Path) -> None:
     """A new wrapper when a method changed shapes, and only then; gradients of each phase are averaged."""
     script = Path(__file__).with_name("two_processes.py")
@@ -127,6 +129,7 @@ def test_shapes_and_phases_in_two_processes(what: str, tmp_path: Path) -> None:
             assert torch.equal(mine[key], theirs[key]), key
 
 
+@pytest.mark.slow
 def test_what_one_process_refuses_all_refuse(tmp_path: Path) -> None:
     """The folder is looked at once, by one of them; what it writes meanwhile does not trip the other."""
     path = write(tmp_path, "run", train="{steps: 2}")
