@@ -21,13 +21,13 @@ from ortho_cli.checkpoints.layouts import LayerIndex
 from ortho_cli.checkpoints.matrices import read_matrix
 from ortho_cli.checkpoints.tensors import FLOAT_DTYPES, TensorInfo
 from ortho_cli.errors import CheckpointError, NumericsError, TargetError
+from ortho_cli.linalg.block_rotation import BlockRotation
 from ortho_cli.linalg.effective_rank import effective_rank
 from ortho_cli.linalg.householder import Householder
 from ortho_cli.linalg.intruders import Closeness, closest_directions
 from ortho_cli.linalg.matricize import Matricization
 from ortho_cli.linalg.operator import Chain, Operator, Transposed
 from ortho_cli.linalg.product import rebalance
-from ortho_cli.linalg.rotation import BlockRotation
 from ortho_cli.linalg.spectral import frobenius_norm, singular_values
 from ortho_cli.methods.orthogonality import vectors_penalty
 

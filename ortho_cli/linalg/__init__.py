@@ -6,7 +6,8 @@
 | `reflections.py` | Householder chains in compact WY form, on weights and activations |
 | `householder.py`, `starts.py` | HRA: the operator, and first values for new adapters |
 | `lowrank.py`, `kronecker.py`, `dora.py` | LoRA and LoCon, LoHa and LoKr, DoRA |
-| `cayley.py`, `rotation.py` | OFT: blocks from stored parameters, block rotations, angles |
+| `cayley.py`, `block_rotation.py` | OFT: blocks from stored parameters, block rotations |
+| `planes.py`, `rotation.py` | a rotation of a few directions: its planes and angles, powers, reflections |
 | `group.py` | group orthogonality (GOR): penalties on small sets of filters, with their gradients |
 | `coherence.py`, `intruders.py` | how far vectors are from orthonormal; new leading directions of a weight |
 | `matricize.py`, `spectral.py`, `subspace_iteration.py` | weights as matrices; their best low-rank factors |
@@ -19,6 +20,7 @@
 
 from __future__ import annotations
 
+from ortho_cli.linalg.block_rotation import BlockRotation, Rescale
 from ortho_cli.linalg.budget import budget_ranks
 from ortho_cli.linalg.cayley import cayley, cayley_neumann, diag_oft, limit_skew, skew_from_upper, skew_part
 from ortho_cli.linalg.dora import Dora
@@ -29,11 +31,12 @@ from ortho_cli.linalg.kronecker import Hadamard, Kronecker
 from ortho_cli.linalg.lowrank import LowRank, fold_core
 from ortho_cli.linalg.matricize import Matricization
 from ortho_cli.linalg.operator import Chain, Operator, Transposed
+from ortho_cli.linalg.planes import find_planes, orthogonality_defect, plane_angles, rotation_log
 from ortho_cli.linalg.polar import Polar, polar_factor
 from ortho_cli.linalg.product import non_orthogonality, nuclear_norm, product_norm, rebalance
 from ortho_cli.linalg.ranks import LayerSize, energy_rank, error_rank, scale_for_parameters, scaled_rank
 from ortho_cli.linalg.reflections import normalize, orthonormalize, reflect_activations, reflect_weight, wy_factor
-from ortho_cli.linalg.rotation import BlockRotation, Rescale, orthogonality_defect, plane_angles
+from ortho_cli.linalg.rotation import LowRankRotation
 from ortho_cli.linalg.spectral import relative_error, singular_values, spectral_factors
 from ortho_cli.linalg.starts import orthonormal_start, pad_pairs, paired_start
 from ortho_cli.linalg.subspace import Basis, basis, factor_stability, principal_angles, stability, truncated_stability
@@ -48,6 +51,7 @@ __all__ = [
     "Kronecker",
     "LayerSize",
     "LowRank",
+    "LowRankRotation",
     "Matricization",
     "Operator",
     "Polar",
@@ -63,6 +67,7 @@ __all__ = [
     "energy_rank",
     "error_rank",
     "factor_stability",
+    "find_planes",
     "fold_core",
     "group_penalty",
     "limit_skew",
@@ -82,6 +87,7 @@ __all__ = [
     "reflect_activations",
     "reflect_weight",
     "relative_error",
+    "rotation_log",
     "scale_for_parameters",
     "scaled_rank",
     "singular_values",

@@ -23,6 +23,7 @@ class Dora:
         delta: what is added, at its full scale: a LoRA, LoHa or LoKr operator.
         magnitude: one number per row or channel, in any shape of that many elements.
         axis: "output" or "input".
+        strength: the share of `W' - W` that is added; the tools that have a slider for DoRA scale this difference.
 
     Raises:
         TargetError: the number of magnitudes does not fit the delta.
@@ -40,12 +41,13 @@ class Dora:
     kind = "dora"
     rank = None
 
-    def __init__(self, delta: Operator, magnitude: Tensor, *, axis: str = "output") -> None:
+    def __init__(self, delta: Operator, magnitude: Tensor, *, axis: str = "output", strength: float = 1.0) -> None:
         if axis not in ("output", "input"):
             raise ValueError(f"axis is 'output' or 'input', found {axis!r}")
         self.delta = delta
         self.magnitude = adapter_tensor(magnitude, "DoRA magnitude").reshape(-1)
         self.axis = axis
+        self.strength = strength
         out, width = delta.shape
         count = self.magnitude.shape[0]
         fits = (out is None or count == out) if axis == "output" else (width is None or width % count == 0)
@@ -61,11 +63,15 @@ class Dora:
     def to(self, dtype: torch.dtype) -> Dora:
         """The delta and the magnitudes in `dtype`."""
         require_working_dtype(dtype)
-        return Dora(self.delta.to(dtype), self.magnitude.to(dtype), axis=self.axis)
+        return Dora(self.delta.to(dtype), self.magnitude.to(dtype), axis=self.axis, strength=self.strength)
 
     def apply(self, weight: Tensor, first_row: int = 0) -> Tensor:
         """Rows of the normalised, rescaled sum; a zero row of magnitude zero stays zero."""
         check_block(self, weight, first_row)
+        whole = self._whole(weight, first_row)
+        return whole if self.strength == 1 else torch.lerp(weight, whole, self.strength)
+
+    def _whole(self, weight: Tensor, first_row: int) -> Tensor:
         moved = self.delta.apply(weight, first_row)
         magnitude = self.magnitude.to(weight.dtype)
         if self.axis == "output":
@@ -85,6 +91,10 @@ class Dora:
             "a dora adapter cannot be undone: it replaced the norms of the base",
             hint="keep the base file, or an undo file made when merging",
         )
+
+    def power(self, alpha: float) -> Dora:
+        """A share of the difference that DoRA makes."""
+        return Dora(self.delta, self.magnitude, axis=self.axis, strength=self.strength * alpha)
 
     def as_low_rank(self, weight: Tensor, first_row: int = 0) -> tuple[Tensor, Tensor]:
         """There is none: every row is rescaled."""

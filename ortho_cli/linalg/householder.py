@@ -10,15 +10,12 @@ import torch
 from torch import Tensor
 
 from ortho_cli.errors import TargetError
-from ortho_cli.linalg.operator import Shape, check_block
+from ortho_cli.linalg.operator import Operator, Shape, check_block
 from ortho_cli.linalg.precision import adapter_tensor, require_working_dtype
 from ortho_cli.linalg.reflections import SIDES, normalize, orthonormalize, wy_apply, wy_factor
-from ortho_cli.linalg.rotation import plane_angles
+from ortho_cli.linalg.rotation import LowRankRotation, chain_rotation
 
 __all__ = ["Householder"]
-
-# Singular values of V (unit columns) below this are rounding: their directions are not part of the span.
-NULL_DIRECTION = 1e-10
 
 
 class Householder:
@@ -112,17 +109,36 @@ class Householder:
     def angles(self) -> Tensor | None:
         """Angles of `D` from its `r x r` core; an odd chain has one bare reflection, pi. None for the soft form.
 
-        With `V = Z R`, `Z` orthonormal: `D = I + Z (K - I) Z^T`, `K = I - R T R^T`. Directions outside the rank of
-        `V` are dropped (paired starts have rank r/2). Cost: `O(d r^2)`, in float64 whatever the vectors' dtype.
+        Cost: `O(d r^2)`, in float64 whatever the vectors' dtype.
+        """
+        return None if self.eps else self.rotation().angles()
+
+    def rotation(self) -> LowRankRotation:
+        """The chain as a rotation of the span of its vectors, float64 inside (a paired start spans r/2 directions).
+
+        Raises:
+            TargetError: the soft form is not orthogonal.
         """
         if self.eps:
-            return None
+            raise TargetError(
+                f"an eps-soft HRA adapter (eps {self.eps:g}) is not orthogonal: it is no rotation",
+                hint="0 and 1 are its only strengths; an exported LoRA scales linearly",
+            )
         chain = self.to(torch.float64)
-        _, singular, right = torch.linalg.svd(chain._columns, full_matrices=False)
-        kept = singular > NULL_DIRECTION
-        upper = singular[kept, None] * right[kept]
-        core = torch.eye(upper.shape[0], dtype=torch.float64, device=upper.device) - upper @ chain._factor @ upper.T
-        return plane_angles(core[None])
+        return chain_rotation(chain._columns, chain._factor, side=self.side, dtype=self.vectors.dtype)
+
+    def power(self, alpha: float) -> Operator:
+        """Every plane turned by `alpha` times its angle; see `LowRankRotation.power`.
+
+        Raises:
+            TargetError: an odd number of reflections, or the soft form, at an alpha other than 0 or 1.
+        """
+        if alpha == 1:
+            return self
+        if alpha == 0:
+            nothing = self.vectors.new_zeros(self.vectors.shape[0], 0)
+            return LowRankRotation(nothing, nothing[:0], side=self.side, dtype=self.vectors.dtype)
+        return self.rotation().power(alpha)
 
     def _with(self, vectors: Tensor) -> Householder:
         return Householder(vectors, side=self.side, eps=self.eps, gram_schmidt=self.gram_schmidt)

@@ -91,6 +91,10 @@ class Additive(ABC):
         """The same delta, subtracted."""
         return self.rebuilt(self.dtype, -self.scale)
 
+    def power(self, alpha: float) -> Additive:
+        """A share of the delta."""
+        return self.rebuilt(self.dtype, self.scale * alpha)
+
     def as_low_rank(self, weight: Tensor, first_row: int = 0) -> tuple[Tensor, Tensor]:
         """`B (rows, k)` and `A (k, in)` of the delta; `weight` gives only the rows and the dtype."""
         check_block(self, weight, first_row)

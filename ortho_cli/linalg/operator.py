@@ -56,6 +56,13 @@ class Operator(Protocol):
     def inverse(self) -> Operator:
         """The operator that takes `W'` back to `W`; `TargetError` with the reason where there is none."""
 
+    def power(self, alpha: float) -> Operator:
+        """The operator at strength `alpha`: 0 changes nothing, 1 is itself.
+
+        Rotations turn by a share of their angles (geodesic), sums add a share of their delta (linear).
+        `TargetError` with the reason where there is nothing in between.
+        """
+
     def as_low_rank(self, weight: Tensor, first_row: int = 0) -> tuple[Tensor, Tensor]:
         """`B (rows, k)` and `A (k, in)` with `W' = W + B A` exactly; `TargetError` where k would not be small."""
 
@@ -156,6 +163,10 @@ class Chain:
         """The inverses in reverse order."""
         return Chain([operator.inverse() for operator in reversed(self.operators)])
 
+    def power(self, alpha: float) -> Chain:
+        """Each part at that strength, still one after the other."""
+        return Chain([operator.power(alpha) for operator in self.operators])
+
     def as_low_rank(self, weight: Tensor, first_row: int = 0) -> tuple[Tensor, Tensor]:
         """Factors side by side, each taken at the weight its operator sees."""
         check_block(self, weight, first_row)
@@ -213,6 +224,10 @@ class Transposed:
     def inverse(self) -> Transposed:
         """The inner operator's inverse, on the stored form."""
         return Transposed(self.operator.inverse())
+
+    def power(self, alpha: float) -> Transposed:
+        """The inner operator at that strength, on the stored form."""
+        return Transposed(self.operator.power(alpha))
 
     def as_low_rank(self, weight: Tensor, first_row: int = 0) -> tuple[Tensor, Tensor]:
         """`(A^T, B^T)` of the inner operator: factors of the change of the stored weight."""

@@ -1,214 +1,218 @@
-"""Orthogonal maps of a weight in blocks (OFT), scaling of its rows, and the angles of a rotation.
+r"""Rotations that move a few directions only: `D = I + Z (K - I) Z^T`, `Z (d, k)` orthonormal, `K (k, k)` orthogonal.
 
-`cayley.py` makes the blocks from stored parameters; here they meet the weight.
+A chain of reflections is one: `V = Z R`, `K = I - R T R^T`. Whatever is a function of D acts on K alone: the inverse is
+`K^T`, a power turns every plane of K by a share of its angle, and the product of two lies in the span of both
+(`joint_rotation.py`). So all of it costs `r x r`; the `d x d` matrix is never formed.
 """
 
 from __future__ import annotations
 
+from math import sqrt
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from ortho_cli.errors import NumericsError, TargetError
-from ortho_cli.linalg.operator import Shape, check_block, no_low_rank
-from ortho_cli.linalg.precision import adapter_tensor, require_working_dtype
+from ortho_cli.errors import TargetError
+from ortho_cli.linalg.operator import Shape, check_block
+from ortho_cli.linalg.planes import Planes, find_planes, plane_angles
+from ortho_cli.linalg.precision import require_working_dtype
 
-__all__ = ["BlockRotation", "Rescale", "orthogonality_defect", "plane_angles"]
+__all__ = ["LowRankRotation", "Truncated", "chain_rotation", "orthonormal_basis"]
 
-# A truncated Cayley series is normal, so its eigenvalues still tell the angles of its nearest rotation; but beyond this
-# defect it stretches the weight's singular values by more than half a percent, and to call it a rotation would mislead.
-NEARLY_ORTHOGONAL = 1e-2
-
-
-def orthogonality_defect(blocks: Tensor) -> float:
-    """Measure how far square blocks are from orthogonal: the largest entry of `|R^T R - I|`, in float64.
-
-    >>> orthogonality_defect(torch.eye(3)[None] * 2)
-    3.0
-    """
-    wide = blocks.to(torch.float64)
-    eye = torch.eye(wide.shape[-1], dtype=torch.float64, device=wide.device)
-    return float((wide.mT @ wide - eye).abs().max())
+# Directions shorter than this beside unit ones are rounding: they are not part of the span.
+NULL_DIRECTION = 1e-10
 
 
-def plane_angles(blocks: Tensor) -> Tensor:
-    """List the rotation angles of orthogonal blocks, one per plane, largest first.
-
-    The spectrum of an orthogonal matrix is pairs of unit complex numbers at +-angle, plus lone +1 and -1. Pairs give
-    one angle each; two -1 make one half turn, a lone -1 (determinant -1) a bare reflection: pi. A +1 that is left over
-    turns nothing and is not listed.
+def orthonormal_basis(columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Find `Z` and `R` with `V = Z R`, dropping what rounding alone added to the span.
 
     Args:
-        blocks: `(n, k, k)`, orthogonal; computed in float64.
+        columns: `V (d, r)`, of about unit length.
 
     Returns:
-        Angles in `[0, pi]`, descending, all blocks together.
+        `Z (d, k)` with orthonormal columns and `R (k, r)`, float64, `k` the rank of V.
 
-    >>> plane_angles(torch.tensor([[[0.0, -1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, -1.0]]])).tolist()
-    [3.141592653589793, 1.5707963267948966]
+    Cost: `O(d r^2)`.
+
+    >>> basis, right = orthonormal_basis(torch.tensor([[1.0, 1.0], [0.0, 0.0]]))
+    >>> tuple(basis.shape), tuple(right.shape)
+    ((2, 1), (1, 2))
     """
-    wide = blocks.to(torch.float64)
-    size = wide.shape[-1]
-    if size == 0:
-        return wide.new_zeros(0)
-    angles: Tensor = torch.linalg.eigvals(wide).angle().abs().sort(dim=-1, descending=True).values
-    # Equal angles are neighbours now: every second one counts each pair once, and pi with an odd number of -1 too.
-    planes = angles[:, 0::2]
-    if size % 2:
-        reflected = torch.linalg.slogdet(wide).sign < 0
-        lone = torch.zeros_like(planes, dtype=torch.bool)
-        lone[:, -1] = ~reflected  # odd size, determinant +1: the smallest belongs to the axis, not to a plane
-        planes = planes[~lone]
-    return planes.flatten().sort(descending=True).values
+    left, singular, right = torch.linalg.svd(columns.to(torch.float64), full_matrices=False)
+    kept = singular > NULL_DIRECTION
+    return left[:, kept], singular[kept, None] * right[kept]
 
 
-class BlockRotation:
-    r"""Multiply one side of a weight by a block-diagonal rotation (OFT), transposed as the tools do.
+class Truncated(NamedTuple):
+    """A rotation of fewer planes, and the `error` `||D - D_R||_F` of leaving the others out."""
 
-    Input side (PEFT): :math:`W' = W\,\mathrm{diag}(R_1, \dots, R_n)^\top`; output side (kohya, LyCORIS diag-OFT):
-    :math:`W' = \mathrm{diag}(R_1, \dots, R_n)^\top W`. `R` is as their code computes it (`cayley`, `cayley_neumann`,
-    `diag_oft`). The two sides are different models: one cannot be renamed into the other.
+    rotation: LowRankRotation
+    error: float
+
+
+class LowRankRotation:
+    r"""Rotate one side of a weight within the span of a few directions; `W'` has the singular values of `W`.
+
+    Input side :math:`W' = W D`, output side :math:`W' = D^\top W`, :math:`D = I + Z (K - I) Z^\top`.
 
     Args:
-        blocks: `R (n, b, b)`, any float type; `n b` is the width of the side.
+        basis: `Z (d, k)`, orthonormal columns.
+        core: `K (k, k)`, orthogonal.
         side: "input" or "output".
-        shared: one block serves the whole side (`block_share`); `n` must be 1.
+        dtype: to compute in; basis and core are kept in float64.
 
     Raises:
-        TargetError: the blocks are not square, or several are given as shared.
-        NumericsError: a non-finite value.
+        TargetError: the shapes do not fit.
 
-    Cost: `O(out in b)`.
-    Reference: OFT, arXiv:2306.07280; PEFT `tuners/oft/layer.py`; kohya `networks/oft.py`.
+    Cost: a merge is `O(out in k)`.
 
-    >>> turn = torch.tensor([[[0.0, -1.0], [1.0, 0.0]]])
-    >>> BlockRotation(turn).apply(torch.tensor([[1.0, 0.0]])).tolist()
-    [[0.0, 1.0]]
-    >>> BlockRotation(turn, side="output").apply(torch.tensor([[1.0], [0.0]])).tolist()
-    [[0.0], [-1.0]]
+    >>> turn = LowRankRotation(torch.eye(3)[:, :2], torch.tensor([[0.0, -1.0], [1.0, 0.0]]))
+    >>> turn.apply(torch.tensor([[0.0, 1.0, 5.0]])).tolist()
+    [[1.0, 0.0, 5.0]]
+    >>> [round(angle, 6) for angle in turn.power(0.5).angles().tolist()]
+    [0.785398]
     """
 
-    kind = "oft"
-    rank = None
+    kind = "rotation"
 
-    def __init__(self, blocks: Tensor, *, side: str = "input", shared: bool = False) -> None:
+    def __init__(self, basis: Tensor, core: Tensor, *, side: str = "input", dtype: torch.dtype = torch.float32) -> None:
         if side not in ("input", "output"):
             raise ValueError(f"side is 'input' or 'output', found {side!r}")
-        if blocks.dim() != 3 or blocks.shape[1] != blocks.shape[2] or 0 in blocks.shape:
-            raise TargetError(f"rotation blocks of shape {tuple(blocks.shape)}, expected (blocks, b, b)")
-        if shared and blocks.shape[0] != 1:
-            raise TargetError(f"{blocks.shape[0]} rotation blocks in an adapter that shares one")
-        self.blocks = adapter_tensor(blocks, "rotation blocks")
+        if basis.dim() != 2 or core.shape != (basis.shape[1],) * 2:
+            raise TargetError(f"a basis of shape {tuple(basis.shape)} and a core of shape {tuple(core.shape)}")
+        require_working_dtype(dtype)
+        self.basis = basis.to(torch.float64)
+        self.core = core.to(torch.float64)
         self.side = side
-        self.shared = shared
-        self.block = blocks.shape[1]
+        self.dtype = dtype
+        self._basis = self.basis.to(dtype)
+        self._change = (self.core - torch.eye(core.shape[0], dtype=torch.float64, device=core.device)).to(dtype)
+
+    @property
+    def rank(self) -> int:
+        """The dimension of the span: the rank, at most, of `W' - W`."""
+        return self.basis.shape[1]
 
     @property
     def row_multiple(self) -> int:
-        """Any rows on the input side, whole blocks on the output side."""
-        return 1 if self.side == "input" else self.block
+        """Any rows on the input side; the output side mixes all of them."""
+        return 1 if self.side == "input" else 0
 
     @property
     def shape(self) -> Shape:
-        """Fixed on the side that turns, unless the block is shared."""
-        width = None if self.shared else self.blocks.shape[0] * self.block
+        """Fixed on the side that turns."""
+        width = self.basis.shape[0]
         return (None, width) if self.side == "input" else (width, None)
 
-    def to(self, dtype: torch.dtype) -> BlockRotation:
-        """The same blocks, rounded to `dtype`."""
-        require_working_dtype(dtype)
-        return self if dtype == self.blocks.dtype else self._with(self.blocks.to(dtype))
+    def to(self, dtype: torch.dtype) -> LowRankRotation:
+        """The same rotation, computed in `dtype`."""
+        return self if dtype == self.dtype else LowRankRotation(self.basis, self.core, side=self.side, dtype=dtype)
 
     def apply(self, weight: Tensor, first_row: int = 0) -> Tensor:
-        """Rows of `W'`; on the output side the blocks are those of the given rows."""
+        """Rows of `W D`, or all of `D^T W`."""
         check_block(self, weight, first_row)
-        blocks = self.to(weight.dtype).blocks
-        rows, columns = weight.shape
-        if self.side == "output":
-            start, count = first_row // self.block, rows // self.block
-            chosen = blocks if self.shared else blocks[start : start + count]
-            return (chosen.mT @ weight.reshape(count, self.block, columns)).reshape(rows, columns)
-        if columns % self.block:
-            raise TargetError(
-                f"an oft adapter with a shared block of {self.block} does not divide a width of {columns}",
-                hint="it was made for another layer or another base",
-            )
-        pieces = weight.reshape(rows, columns // self.block, self.block).transpose(0, 1)
-        return (pieces @ blocks.mT).transpose(0, 1).reshape(rows, columns)
+        left, right = self.to(weight.dtype)._factors(weight)
+        return torch.addmm(weight, left, right)
 
-    def inverse(self) -> BlockRotation:
-        """The inverse blocks, solved in float64: exact for a truncated series too, the transpose for a rotation.
+    def inverse(self) -> LowRankRotation:
+        """The same planes, turned back."""
+        return self._with(self.core.T.contiguous())
+
+    def power(self, alpha: float) -> LowRankRotation:
+        r"""Turn every plane by `alpha` times its angle: `D^alpha`, with `D^a D^b = D^(a+b)`, always orthogonal.
+
+        Where D turns several planes by pi, which ones they are is a choice; the same one for every alpha.
 
         Raises:
-            NumericsError: a block is singular.
+            TargetError: determinant -1, at an alpha other than 0 or 1.
         """
-        inverse, info = torch.linalg.inv_ex(self.blocks.to(torch.float64))
-        if bool((info != 0).any()):
-            raise NumericsError("an oft adapter holds a singular block: it cannot be undone")
-        return self._with(inverse.to(self.blocks.dtype))
+        if alpha == 1:
+            return self
+        if alpha == 0:
+            return self._with(torch.eye(self.rank, dtype=torch.float64))
+        return self._with(find_planes(self.core).power(alpha))
+
+    def planes(self) -> Planes:
+        """The planes of K, its angles among them; lift them to `R^d` by Z."""
+        return find_planes(self.core)
 
     def as_low_rank(self, weight: Tensor, first_row: int = 0) -> tuple[Tensor, Tensor]:
-        """There is none: block rotations change a weight at full rank."""
-        raise no_low_rank(self)
+        """`B (rows, k)`, `A (k, in)` with `W' = W + B A`, scale 1."""
+        check_block(self, weight, first_row)
+        left, right = self.to(weight.dtype)._factors(weight)
+        return left, right.contiguous()
 
-    def angles(self) -> Tensor | None:
-        """All planes of all blocks (a shared block counts once), float64, descending.
+    def angles(self) -> Tensor:
+        """One per plane, descending; pi for a bare reflection."""
+        return plane_angles(self.core[None])
 
-        For a truncated series, those of the nearest rotation. None where the blocks are further than
-        `NEARLY_ORTHOGONAL` from orthogonal (a large `Q`): it stretches too, and no angle says how much.
+    def reflections(self, planes: Planes | None = None) -> Tensor:
+        """Write the rotation as a chain of Householder reflections: two for each plane, a plain HRA adapter.
+
+        `R(t) = H_a H_b` where `b` is the first direction of the plane and `a` lies half the angle from it. Planes that
+        do not turn are left out.
+
+        Args:
+            planes: `planes()`, where they are at hand.
+
+        Returns:
+            `(d, m)`, unit columns, float64, the planes of largest angle first; `m` has the parity of the determinant.
+
+        Reference: the theorem of Cartan and Dieudonne, plane by plane.
+
+        >>> turn = LowRankRotation(torch.eye(3)[:, :2], torch.tensor([[0.0, -1.0], [1.0, 0.0]]))
+        >>> from ortho_cli.linalg.householder import Householder
+        >>> bool(torch.allclose(Householder(turn.reflections()).apply(torch.eye(3).double()),
+        ...     turn.apply(torch.eye(3).double())))
+        True
         """
-        return plane_angles(self.blocks) if orthogonality_defect(self.blocks) <= NEARLY_ORTHOGONAL else None
+        found = self.planes() if planes is None else planes
+        turning = found.angles > 0
+        first, second = found.pairs[turning].unbind(-1)
+        half = found.angles[turning, None] / 2
+        ahead = half.cos() * first + half.sin() * second
+        pairs = torch.stack([ahead, first], dim=1).flatten(0, 1)
+        mirrored = found.axes[:, found.factors < 0].T
+        vectors = self.basis @ torch.cat([pairs, mirrored]).T
+        unit: Tensor = vectors / torch.linalg.vector_norm(vectors, dim=0)
+        return unit
 
-    def _with(self, blocks: Tensor) -> BlockRotation:
-        return BlockRotation(blocks, side=self.side, shared=self.shared)
+    def truncate(self, reflections: int) -> Truncated:
+        """Keep the planes of largest angle, as many as fit in a number of reflections.
+
+        Args:
+            reflections: at least 0; a mirrored direction takes one, a plane two.
+
+        Returns:
+            The rotation and the exact error.
+        """
+        found = self.planes()
+        mirror = found.axes[:, found.factors < 0][:, :reflections]
+        kept = (reflections - mirror.shape[1]) // 2
+        span = torch.cat([*found.pairs[:kept], mirror], dim=1)
+        lost = (8 * (found.angles[kept:] / 2).sin().square()).sum() + 4 * ((found.factors < 0).sum() - mirror.shape[1])
+        core = span.T @ self.core.cpu() @ span
+        return Truncated(LowRankRotation(self.basis.cpu() @ span, core, side=self.side, dtype=self.dtype), sqrt(lost))
+
+    def _factors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        if self.side == "input":
+            return (weight @ self._basis) @ self._change, self._basis.T
+        return self._basis @ self._change.T, self._basis.T @ weight
+
+    def _with(self, core: Tensor) -> LowRankRotation:
+        return LowRankRotation(self.basis, core, side=self.side, dtype=self.dtype)
 
 
-class Rescale:
-    """Multiply each output row by its own factor: `rescale` of LyCORIS diag-OFT, `boft_s` of PEFT's BOFT.
-
-    Both tools apply it after the rotation: `Chain((BlockRotation(...), Rescale(factors)))`.
+def chain_rotation(columns: Tensor, factor: Tensor, *, side: str, dtype: torch.dtype) -> LowRankRotation:
+    """A chain of reflections `I - V T V^T` as a rotation of the span of V.
 
     Args:
-        factors: one number per output row, in any shape of that many elements (`(out, 1)`, `(out, 1, 1, 1)`).
-
-    Raises:
-        NumericsError: a non-finite value.
-
-    >>> Rescale(torch.tensor([[2.0], [3.0]])).apply(torch.ones(2, 2)).tolist()
-    [[2.0, 2.0], [3.0, 3.0]]
+        columns: `V (d, r)`, unit columns, float64.
+        factor: `T (r, r)` of `wy_factor`.
+        side: as there.
+        dtype: to compute in.
     """
-
-    kind = "rescale"
-    rank = None
-    row_multiple = 1
-
-    def __init__(self, factors: Tensor) -> None:
-        self.factors = adapter_tensor(factors, "row factors").reshape(-1)
-        self.shape: Shape = (self.factors.shape[0], None)
-
-    def to(self, dtype: torch.dtype) -> Rescale:
-        """The same factors, rounded to `dtype`."""
-        require_working_dtype(dtype)
-        return self if dtype == self.factors.dtype else Rescale(self.factors.to(dtype))
-
-    def apply(self, weight: Tensor, first_row: int = 0) -> Tensor:
-        """The rows times their factors."""
-        check_block(self, weight, first_row)
-        return weight * self.factors[first_row : first_row + weight.shape[0], None].to(weight.dtype)
-
-    def inverse(self) -> Rescale:
-        """The reciprocals.
-
-        Raises:
-            TargetError: a factor is zero, its row is lost.
-        """
-        if bool((self.factors == 0).any()):
-            raise TargetError("a row factor of the adapter is zero: the row it erased cannot be restored")
-        return Rescale(1 / self.factors)
-
-    def as_low_rank(self, weight: Tensor, first_row: int = 0) -> tuple[Tensor, Tensor]:
-        """There is none: every row changes."""
-        raise no_low_rank(self)
-
-    def angles(self) -> None:
-        """None: it stretches."""
-        return None
+    basis, right = orthonormal_basis(columns)
+    core = torch.eye(basis.shape[1], dtype=torch.float64, device=basis.device) - right @ factor @ right.T
+    return LowRankRotation(basis, core, side=side, dtype=dtype)

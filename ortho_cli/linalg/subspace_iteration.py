@@ -27,8 +27,9 @@ LEAST_SIDE, LARGEST_SHARE = 128, 0.4
 FLAT = 3.0
 # Cholesky squares the condition: with a ratio of pivots below this, columns are orthogonalised one by one.
 LEAST_PIVOT = 1e-2
-# Rows that a Gram matrix takes at a time (the copy in its dtype stays small), and columns of its blocks.
-GRAM_ENTRIES, GRAM_BLOCKS = 2**22, 4
+# Rows that a Gram matrix takes at a time (the copy in its dtype stays small), its blocks, and the least they are wide:
+# products of fewer columns cost more than they save.
+GRAM_ENTRIES, GRAM_BLOCKS, GRAM_WIDTH = 2**22, 4, 64
 
 
 def prefers_subspace(rows: int, cols: int, rank: int, tolerance: float) -> bool:
@@ -93,7 +94,7 @@ def gram(side: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """
     m, n = side.shape[-2:]
     total = torch.zeros(*side.shape[:-2], n, n, dtype=dtype or side.dtype, device=side.device)
-    width = -(-n // GRAM_BLOCKS)
+    width = max(GRAM_WIDTH, -(-n // GRAM_BLOCKS))
     step = max(1, GRAM_ENTRIES // n)
     for top in range(0, m, step):
         rows = side[..., top : top + step, :].to(total.dtype)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ortho_cli.errors import TargetError
-from ortho_cli.linalg.rotation import plane_angles
+from ortho_cli.linalg.planes import plane_angles
 
 from .adapter_layer import whole
 from .hra_layer import HRALayer

@@ -219,3 +219,32 @@ def test_a_weight_of_another_shape_is_refused(kind: str) -> None:
             operator.apply(torch.cat([weight, weight[:step]]))
     with pytest.raises(ValueError, match="found shape"):
         operator.apply(weight.reshape(OUT, 2, 9))
+
+
+NO_POWER = {"hra-odd", "hra-soft", "hra-soft-output", "hra-gram-schmidt", "hra-gram-schmidt-output"}
+ADDED = {"lora", "locon", "loha", "loha-tucker", "loha-full-rank", "lokr-whole", "lokr-pairs", "lokr-wide-pairs",
+         "lokr-conv", "lokr-tucker", "dora", "dora-input", "dora-input-conv", "dora-of-lokr", "transposed-lora",
+         "transposed-dora"}  # fmt: skip
+
+
+@every_kind
+def test_strength_runs_from_nothing_to_the_whole(kind: str) -> None:
+    operator, weight = make(kind)
+    whole = operator.apply(weight)
+    assert torch.equal(operator.power(0).apply(weight), weight)
+    assert torch.equal(operator.power(1).apply(weight), whole)
+    if kind in NO_POWER:
+        with pytest.raises(TargetError, match=r"odd number of reflections|not orthogonal"):
+            operator.power(0.5)
+        return
+    half = operator.power(0.5).apply(weight)
+    if kind in ADDED:
+        assert relative(half, (weight + whole) / 2) < 1e-6
+    elif kind in ROTATIONS:
+        assert relative(operator.power(0.5).apply(half), whole) < 2e-6
+        assert relative(operator.power(-1).apply(whole), weight) < 2e-6
+        assert relative(torch.linalg.svdvals(half), torch.linalg.svdvals(weight)) < (
+            1e-2 if "neumann" in kind else 1e-6
+        )
+    assert relative(half, weight) > 1e-3
+    assert relative(half, whole) > 1e-3

@@ -1,198 +1,156 @@
-"""OFT: Cayley maps against their closed forms, block rotations against dense products, angles against known ones."""
+"""Rotations of a few directions: golden numbers, laws over shapes and degenerate spans, hard angles."""
 
 from __future__ import annotations
+
+from math import pi
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from naive import relative
+from naive import chain, golden, relative
 from torch import Tensor
 
 from ortho_cli.errors import NumericsError, TargetError
-from ortho_cli.linalg import (
-    BlockRotation,
-    Rescale,
-    cayley,
-    cayley_neumann,
-    diag_oft,
-    limit_skew,
-    orthogonality_defect,
-    plane_angles,
-    skew_from_upper,
-    skew_part,
-)
+from ortho_cli.linalg import Householder, LowRankRotation, find_planes, orthogonality_defect, orthonormal_start
+from ortho_cli.linalg import rotation_log as log
 
-quick = settings(deadline=None, max_examples=30)
+quick = settings(deadline=None, max_examples=40)
 seeds = st.integers(0, 2**20)
-sizes = st.integers(1, 7)
-counts = st.integers(1, 4)
+alphas = st.floats(-2, 2)
+EYE12 = torch.eye(12, dtype=torch.float64)
 
 
-def draw_skew(count: int, size: int, seed: int, spread: float = 1.0) -> Tensor:
+def dense(rotation: LowRankRotation) -> Tensor:
+    return rotation.apply(torch.eye(rotation.basis.shape[0], dtype=torch.float64))
+
+
+def turns(angles: list[float], seed: int = 0, mirrored: int = 0) -> Tensor:
+    """An orthogonal matrix of given angles in random planes, with one direction left over."""
+    size = 2 * len(angles) + 1 + mirrored
+    skew = torch.zeros(size, size, dtype=torch.float64)
+    for plane, angle in enumerate(angles):
+        skew[2 * plane + 1, 2 * plane] = angle
+    core = torch.linalg.matrix_exp(skew - skew.T)
+    core.diagonal()[size - mirrored :] = -1
+    turned = torch.linalg.qr(
+        torch.randn(size, size, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    )
+    return turned.Q @ core @ turned.Q.T
+
+
+def test_golden_rotation_and_its_power() -> None:
+    first, second = (Householder(golden(12, 4, phase)).rotation() for phase in (0, 1))
+    assert relative(dense(first), chain(golden(12, 4, 0))) < 1e-13
+    assert first.angles().tolist() == pytest.approx([0.183630304343, 0.041325982067], abs=1e-11)
+    assert second.angles().tolist() == pytest.approx([0.168598864966, 0.037677734177], abs=1e-11)
+    assert float(dense(first).trace()) == pytest.approx(11.964666964837, abs=1e-11)
+    assert float(dense(second).trace()) == pytest.approx(11.970222249698, abs=1e-11)
+    assert float((dense(first) - EYE12).norm()) == pytest.approx(0.265830905512, abs=1e-11)
+    row = [0.992971362797, 0.028261689773, 0.046446873579, 0.032580886418]
+    assert dense(first)[0, :4].tolist() == pytest.approx(row, abs=1e-11)
+    part = dense(first.power(0.3))
+    assert float(part.trace()) == pytest.approx(11.996812256104, abs=1e-11)
+    row = [0.999365819841, 0.009610966727, 0.014198756692, 0.009358336757]
+    assert part[0, :4].tolist() == pytest.approx(row, abs=1e-11)
+
+
+@quick
+@given(st.integers(2, 9), st.integers(1, 4), seeds, alphas, alphas, st.sampled_from(["input", "output"]))
+def test_powers_add_up_and_keep_singular_values(
+    width: int, half: int, seed: int, one: float, other: float, side: str
+) -> None:
     torch.manual_seed(seed)
-    return skew_from_upper(spread * torch.randn(count, size * (size - 1) // 2, dtype=torch.float64), size)
+    vectors = torch.randn(width, min(2 * half, width - width % 2), dtype=torch.float64)
+    rotation = Householder(vectors, side=side).rotation()
+    assert orthogonality_defect(rotation.core[None]) < 1e-10
+    weight = torch.randn(width, width, dtype=torch.float64)
+    once = rotation.power(one).apply(weight)
+    both = rotation.power(other).apply(once) if side == "input" else rotation.power(one).power(1).apply(weight)
+    if side == "input":
+        assert relative(both, rotation.power(one + other).apply(weight)) < 1e-10
+    assert relative(torch.linalg.svdvals(once), torch.linalg.svdvals(weight)) < 1e-10
+    assert relative(rotation.inverse().apply(rotation.apply(weight)), weight) < 1e-12
+    assert relative(rotation.power(one + 1e-9).apply(weight), once) < 1e-7, "strength is continuous"
 
 
 @quick
-@given(counts, sizes, seeds)
-def test_cayley_is_the_written_quotient_and_special_orthogonal(count: int, size: int, seed: int) -> None:
-    skew = draw_skew(count, size, seed)
-    eye = torch.eye(size, dtype=torch.float64)
-    assert torch.equal(skew, -skew.mT)
-    rotation = cayley(skew)
-    assert relative(rotation, (eye - skew) @ torch.linalg.inv(eye + skew)) < 1e-10
-    assert orthogonality_defect(rotation) < 1e-12
-    assert torch.linalg.det(rotation).tolist() == pytest.approx([1.0] * count)
-    assert relative(cayley(-skew), rotation.mT) < 1e-12
-    # kohya stores B with Q = B - B^T, and turns by the inverse of what PEFT makes of the same Q
-    assert relative(diag_oft(torch.triu(skew)), rotation.mT) < 1e-12
+@given(st.integers(3, 9), st.integers(1, 4), seeds)
+def test_reflections_make_the_same_rotation(width: int, half: int, seed: int) -> None:
+    torch.manual_seed(seed)
+    vectors = torch.randn(width, min(2 * half, width - width % 2), dtype=torch.float64)
+    rotation = Householder(vectors).rotation()
+    columns = rotation.reflections()
+    assert columns.shape[1] % 2 == 0
+    assert columns.shape[1] <= vectors.shape[1]
+    assert relative(chain(columns), dense(rotation)) < 1e-12
+    for kept in range(0, columns.shape[1] + 1):
+        less, error = rotation.truncate(kept)
+        assert less.reflections().shape[1] <= kept
+        assert float((dense(less) - dense(rotation)).norm()) == pytest.approx(error, abs=1e-12)
 
 
-@quick
-@given(counts, st.integers(2, 6), seeds, st.integers(3, 9))
-def test_the_neumann_series_approaches_the_opposite_rotation(count: int, size: int, seed: int, terms: int) -> None:
-    skew = draw_skew(count, size, seed)
-    skew = 0.2 * skew / torch.linalg.matrix_norm(skew, ord=2, keepdim=True).clamp_min(1e-9)
-    series, opposite = cayley_neumann(skew, terms), cayley(-skew)
-    bound = 2 * 0.2 ** max(terms - 1, 3) * size
-    assert float((series - opposite).abs().max()) < bound
-    assert float((cayley_neumann(skew, 30) - opposite).abs().max()) < 1e-12
-    assert float((series - cayley(skew)).norm()) > 0.1  # never the exact form's own direction
-
-
-def test_the_neumann_series_is_written_out_as_peft_does() -> None:
-    q = draw_skew(2, 4, 0)
-    eye = torch.eye(4, dtype=torch.float64).expand(2, 4, 4)
-    cube, fourth = q @ q @ q, q @ q @ q @ q
-    assert torch.equal(cayley_neumann(q, 1), eye)
-    assert relative(cayley_neumann(q, 2), eye + 2 * q) < 1e-14
-    assert relative(cayley_neumann(q, 3), eye + 2 * q + 2 * q @ q + cube) < 1e-14
-    assert torch.equal(cayley_neumann(q, 3), cayley_neumann(q, 4))
-    assert relative(cayley_neumann(q, 5), eye + 2 * q + 2 * q @ q + 2 * cube + fourth) < 1e-14
-    with pytest.raises(ValueError, match="found 0"):
-        cayley_neumann(q, 0)
-
-
-@quick
-@given(counts, sizes, seeds, st.integers(1, 9), st.booleans())
-def test_block_rotations_are_dense_products(count: int, size: int, seed: int, other: int, shared: bool) -> None:
-    blocks = cayley(draw_skew(1 if shared else count, size, seed))
-    dense = torch.block_diag(*(blocks.expand(count, size, size)))
-    weight = torch.randn(other, count * size, dtype=torch.float64)
-    right = BlockRotation(blocks, shared=shared)
-    left = BlockRotation(blocks, side="output", shared=shared)
-    assert relative(right.apply(weight), weight @ dense.T) < 1e-12
-    assert relative(left.apply(weight.T), dense.T @ weight.T) < 1e-12
-    for start in range(0, count * size, size):
-        assert torch.equal(
-            left.apply(weight.T[start : start + size], start), left.apply(weight.T)[start : start + size]
-        )
-
-
-def test_kohya_rotates_output_rows_by_its_einsum() -> None:
+def test_an_odd_chain_keeps_its_mirror_and_has_no_strength() -> None:
     torch.manual_seed(0)
-    stored, weight = torch.randn(3, 4, 4, dtype=torch.float64), torch.randn(12, 5, dtype=torch.float64)
-    q = stored - stored.mT
-    q = q * 0.6 / q.norm()  # constraint alpha * out = 0.05 * 12
-    eye = torch.eye(4, dtype=torch.float64)
-    rotation = (eye + q) @ torch.linalg.inv(eye - q)
-    expected = torch.einsum("knm,knp->kmp", rotation, weight.reshape(3, 4, 5)).reshape(12, 5)
-    operator = BlockRotation(diag_oft(stored, limit=0.05 * 12), side="output")
-    assert relative(operator.apply(weight), expected) < 1e-12
-    unbounded = BlockRotation(diag_oft(stored), side="output").apply(weight)
-    assert relative(unbounded, expected) > 0.1
-    assert relative(BlockRotation(diag_oft(stored, limit=0.0), side="output").apply(weight), weight) < 1e-12
+    vectors = torch.randn(7, 3, dtype=torch.float64)
+    rotation = Householder(vectors).rotation()
+    assert relative(chain(rotation.reflections()), chain(vectors)) < 1e-12
+    assert rotation.reflections().shape[1] == 3
+    with pytest.raises(TargetError, match="odd number of reflections"):
+        rotation.power(0.5)
+    less, error = rotation.truncate(0)
+    assert float((dense(rotation) - dense(less)).norm()) == pytest.approx(error)
 
 
-def test_limits() -> None:
-    skew = torch.stack([draw_skew(1, 4, 1)[0], 1e-3 * draw_skew(1, 4, 2)[0], torch.zeros(4, 4)])
-    each = limit_skew(skew, 0.3, each=True)
-    assert float(each[0].norm()) == pytest.approx(0.3 / 3**0.5)
-    assert torch.equal(each[1:], skew[1:])
-    together = limit_skew(skew, 0.3, each=False)
-    assert float(together.norm()) == pytest.approx(0.3)
-    assert relative(together / together.norm(), skew / skew.norm()) < 1e-12
-    assert torch.equal(limit_skew(skew, 1e3, each=False), skew)
-    assert torch.equal(limit_skew(torch.zeros(2, 4, 4), 0.0, each=True), torch.zeros(2, 4, 4))
+def test_paired_starts_and_equal_reflections_turn_nothing() -> None:
+    torch.manual_seed(0)
+    start = torch.randn(6, 2).repeat_interleave(2, dim=1)
+    rotation = Householder(start).rotation()
+    assert rotation.rank == 2
+    assert relative(dense(rotation.power(0.3)), torch.eye(6)) < 1e-12
 
 
-def rotation_by(angles: list[float], fixed: int, flipped: int, seed: int) -> Tensor:
-    """A random orthogonal matrix that turns planes by given angles, keeps some directions, reflects others."""
-    parts = [
-        torch.tensor([[torch.tensor(a).cos(), -torch.tensor(a).sin()], [torch.tensor(a).sin(), torch.tensor(a).cos()]])
-        for a in angles
-    ]
-    core = torch.block_diag(*parts, torch.eye(fixed), -torch.eye(flipped)).double()
-    torch.manual_seed(seed)
-    basis = torch.linalg.qr(torch.randn(*core.shape, dtype=torch.float64)).Q
-    return basis @ core @ basis.T
+def test_half_turns_are_paired_the_same_way_each_time() -> None:
+    adapter = Householder(orthonormal_start(9, 4), gram_schmidt=True).rotation()
+    assert adapter.planes().half_turns == 2
+    half = adapter.power(0.5)
+    assert relative(dense(half) @ dense(half), dense(adapter)) < 1e-6
+    assert relative(dense(half).T @ dense(half), torch.eye(9)) < 1e-10
+    assert torch.equal(dense(adapter.power(0.5)), dense(half))
+    with pytest.raises(NumericsError, match="half a turn apart"):
+        log(adapter.core)
 
 
 @pytest.mark.parametrize(
-    ("turns", "fixed", "flipped", "expected"),
+    "angles",
     [
-        ([], 3, 0, [0.0]),
-        ([], 0, 1, [torch.pi]),
-        ([], 1, 1, [torch.pi]),
-        ([], 0, 2, [torch.pi]),
-        ([], 0, 3, [torch.pi, torch.pi]),
-        ([0.3], 0, 0, [0.3]),
-        ([0.3], 1, 0, [0.3]),
-        ([0.3], 0, 1, [torch.pi, 0.3]),
-        ([0.3], 1, 1, [torch.pi, 0.3]),
-        ([0.3], 0, 2, [torch.pi, 0.3]),
-        ([1.2, 0.3, 0.3], 0, 0, [1.2, 0.3, 0.3]),
-        ([1.2, 0.3], 1, 3, [torch.pi, torch.pi, 1.2, 0.3]),
-        ([1.2, 0.3], 3, 0, [1.2, 0.3, 0.0]),
+        [1e-14, 1e-9, 1e-4, 1.0], [0.3, 0.3, 0.3], [pi - 1e-13, pi - 1e-9, pi - 1e-5], [pi, pi, 0.2], [0.7, pi - 0.7],
+        [pi / 2, pi / 2 + 1e-12, pi / 2 - 1e-12],
     ],
-)
-def test_plane_angles_of_known_rotations(turns: list[float], fixed: int, flipped: int, expected: list[float]) -> None:
-    found = plane_angles(rotation_by(turns, fixed, flipped, seed=fixed + 7 * flipped)[None])
-    assert found.tolist() == pytest.approx(expected, abs=1e-6)
+)  # fmt: skip
+@pytest.mark.parametrize("seed", range(4))
+def test_hard_angles_are_found_and_rebuilt(angles: list[float], seed: int) -> None:
+    core = turns(angles, seed)
+    found = find_planes(core)
+    expected = torch.tensor(sorted(angles, reverse=True), dtype=torch.float64)
+    found_angles = torch.zeros(len(angles), dtype=torch.float64)
+    found_angles[: len(found.angles)] = found.angles
+    assert float((found_angles - expected).abs().max()) < 1e-13
+    assert relative(found.matrix(found.angles, found.lengths, found.factors), core) < 1e-13
+    third = found.power(1 / 3)
+    assert relative(third @ third @ third, core) < 1e-13
+    assert orthogonality_defect(third[None]) < 1e-13
+    assert relative(torch.linalg.matrix_exp(found.log()), core) < 1e-12
+    assert relative(found.log(), -found.log().T) == 0
 
 
-def test_plane_angles_of_many_blocks_are_sorted_together() -> None:
-    blocks = torch.stack([rotation_by([0.1], 1, 0, 0), rotation_by([0.7], 0, 1, 1), rotation_by([0.4], 1, 0, 2)])
-    assert plane_angles(blocks).tolist() == pytest.approx([torch.pi, 0.7, 0.4, 0.1], abs=1e-6)
-    assert plane_angles(torch.zeros(2, 0, 0)).shape == (0,)
-
-
-def test_a_stretching_series_has_no_angles() -> None:
-    gentle, strong = (draw_skew(2, 6, 3, spread) for spread in (0.02, 0.3))
-    near, far = BlockRotation(cayley_neumann(gentle)), BlockRotation(cayley_neumann(strong))
-    assert orthogonality_defect(near.blocks) < 1e-2 < orthogonality_defect(far.blocks)
-    assert far.angles() is None
-    found, exact = near.angles(), BlockRotation(cayley(-gentle)).angles()
-    assert found is not None
-    assert exact is not None
-    assert relative(found, exact) < 1e-3
-    assert BlockRotation(cayley(strong)).angles() is not None
-
-
-def test_inverse_of_a_series_is_exact_though_it_is_no_rotation() -> None:
-    torch.manual_seed(0)
-    operator, weight = BlockRotation(cayley_neumann(draw_skew(3, 4, 0, 0.3))), torch.randn(5, 12, dtype=torch.float64)
-    assert relative(operator.inverse().apply(operator.apply(weight)), weight) < 1e-12
-    assert relative(BlockRotation(operator.blocks.mT).apply(operator.apply(weight)), weight) > 1e-2
-    singular = BlockRotation(torch.ones(1, 2, 2))
-    with pytest.raises(NumericsError, match="singular"):
-        singular.inverse()
-
-
-def test_malformed_blocks_are_refused() -> None:
-    with pytest.raises(TargetError, match="expected \\(blocks, 6\\)"):
-        skew_from_upper(torch.ones(2, 5), 4)
-    for bad in (torch.ones(2, 3), torch.ones(2, 3, 4), torch.ones(1, 2, 3, 3)):
-        for build in (skew_part, diag_oft, BlockRotation):
-            with pytest.raises(TargetError, match="expected \\(blocks, b, b\\)"):
-                build(bad)
-    with pytest.raises(TargetError, match="3 rotation blocks in an adapter that shares one"):
-        BlockRotation(torch.eye(2).repeat(3, 1, 1), shared=True)
-    with pytest.raises(ValueError, match="'up'"):
-        BlockRotation(torch.eye(2)[None], side="up")
-
-
-def test_a_zero_row_factor_has_no_inverse() -> None:
-    with pytest.raises(TargetError, match="zero"):
-        Rescale(torch.tensor([1.0, 0.0])).inverse()
+def test_what_is_no_rotation_is_refused() -> None:
+    with pytest.raises(NumericsError, match="Schur form is off by"):
+        find_planes(torch.tensor([[1.0, 1.0], [0.0, 1.0]]))
+    with pytest.raises(NumericsError, match="not finite"):
+        find_planes(torch.tensor([[float("nan")]]))
+    with pytest.raises(TargetError, match="odd number"):
+        log(turns([0.4], mirrored=1))
+    with pytest.raises(TargetError, match="not orthogonal"):
+        Householder(torch.ones(3, 2), eps=0.1).rotation()
+    assert find_planes(torch.zeros(0, 0)).power(0.5).shape == (0, 0)

@@ -115,8 +115,8 @@ def _lokr(layer: AdapterLayer, tensors: Tensors) -> Operator:
 
 
 def _oft(layer: AdapterLayer, tensors: Tensors) -> Operator:
+    from ortho_cli.linalg.block_rotation import BlockRotation
     from ortho_cli.linalg.cayley import cayley, cayley_neumann, limit_skew, skew_from_upper
-    from ortho_cli.linalg.rotation import BlockRotation
 
     skew = skew_from_upper(tensors["skew"], block_size(tensors["skew"].shape[1]))
     if "coft_eps" in layer.options:
@@ -144,18 +144,18 @@ def _neumann_017(skew: Tensor, terms: int) -> Tensor:
 
 
 def _boft(layer: AdapterLayer, tensors: Tensors) -> Operator:
+    from ortho_cli.linalg.block_rotation import BlockRotation, Rescale
     from ortho_cli.linalg.cayley import cayley, skew_part
     from ortho_cli.linalg.operator import Chain
-    from ortho_cli.linalg.rotation import BlockRotation, Rescale
 
     # With one butterfly factor the permutations are the identity, and BOFT is OFT with row factors.
     return Chain((BlockRotation(cayley(0.5 * skew_part(tensors["blocks"][0]))), Rescale(tensors["scale"])))
 
 
 def _diag_oft(layer: AdapterLayer, tensors: Tensors) -> Operator:
+    from ortho_cli.linalg.block_rotation import BlockRotation, Rescale
     from ortho_cli.linalg.cayley import diag_oft
     from ortho_cli.linalg.operator import Chain
-    from ortho_cli.linalg.rotation import BlockRotation, Rescale
 
     blocks = tensors["blocks"]
     alpha = float(tensors["alpha"]) if "alpha" in tensors else 0.0

@@ -1,0 +1,222 @@
+r"""A rotation as turns in planes: angles, fractional powers and logarithms of small orthogonal matrices.
+
+A real orthogonal `K` is `Q diag(R(t_1), ..., R(t_p), 1, ...) Q^T`: every plane turns by its own angle. Whatever keeps
+the planes and changes the angles is then plain arithmetic. The planes come from the real Schur form, which is backward
+stable where eigenvectors are not: at equal angles, near none, and near half a turn.
+"""
+
+from __future__ import annotations
+
+from math import atan2, hypot, pi
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ortho_cli.errors import NumericsError, TargetError
+
+__all__ = ["HALF_TURN", "Planes", "find_planes", "orthogonality_defect", "plane_angles", "rotation_log"]
+
+# Within this of pi, the plane a rotation turns in is mostly rounding: the logarithm is not unique there.
+HALF_TURN = 1e-6
+# Off-diagonal mass of the Schur form of a normal matrix is rounding; more is a matrix that does not turn in planes.
+NORMAL = 1e-6
+
+
+class Planes(NamedTuple):
+    """`K = Q diag(s_i R(t_i)) Q^T`: `pairs` holds the two columns of Q for each plane.
+
+    Attributes:
+        pairs: `(p, k, 2)`, orthonormal; a plane turns from its first column towards its second.
+        angles: `(p,)` in `(0, pi]`, descending.
+        lengths: `(p,)` by which a plane is stretched; 1 for a rotation.
+        axes: `(k, q)`, the other columns of Q, each kept or reflected.
+        factors: `(q,)`, their eigenvalues: 1, and at most one -1, for an orthogonal K.
+    """
+
+    pairs: Tensor
+    angles: Tensor
+    lengths: Tensor
+    axes: Tensor
+    factors: Tensor
+
+    def matrix(self, angles: Tensor, lengths: Tensor, factors: Tensor) -> Tensor:
+        """The map `(k, k)` in the same planes with other angles, lengths and factors."""
+        first, second = self.pairs.unbind(-1)
+        cosine, sine = (lengths * angles.cos())[:, None], (lengths * angles.sin())[:, None]
+        turned = first.T @ (cosine * first - sine * second) + second.T @ (sine * first + cosine * second)
+        return turned + (self.axes * factors) @ self.axes.T
+
+    def power(self, alpha: float) -> Tensor:
+        """`K^alpha (k, k)`: every angle times `alpha`, every length to the power of it.
+
+        Raises:
+            TargetError: an axis is reflected (determinant -1): no real path leads to the identity.
+        """
+        self.refuse_reflection()
+        if alpha == 0:
+            return torch.eye(self.axes.shape[0], dtype=self.axes.dtype)
+        return self.matrix(self.angles * alpha, self.lengths**alpha, self.factors**alpha)
+
+    def log(self) -> Tensor:
+        """The skew-symmetric `L (k, k)` of smallest norm with `exp(L) = K`, for an orthogonal K.
+
+        Raises:
+            TargetError: an axis is reflected.
+        """
+        self.refuse_reflection()
+        first, second = self.pairs.unbind(-1)
+        half = second.T @ (self.angles[:, None] * first)
+        return half - half.T
+
+    def refuse_reflection(self) -> None:
+        """Refuse a map of determinant -1.
+
+        Raises:
+            TargetError: with the reason.
+        """
+        if bool((self.factors < 0).any()):
+            raise TargetError(
+                "an odd number of reflections mirrors a direction, and no rotation leads halfway to a mirror image",
+                hint="strength and means need an even rank; 0 and 1 are always possible",
+            )
+
+    @property
+    def half_turns(self) -> int:
+        """Planes that turn by pi: which plane that is, is a choice wherever there are several."""
+        return int((self.angles > pi - HALF_TURN).sum())
+
+
+def find_planes(core: Tensor) -> Planes:
+    r"""Take an orthogonal matrix apart into the planes it turns in.
+
+    Two eigenvalues -1 make one half turn, paired in the order in which the Schur form lists them: the same input gives
+    the same pairs. Scaled rotations (any normal matrix without other negative eigenvalues) are understood as well.
+
+    Args:
+        core: `K (k, k)`, orthogonal; computed in float64 on the CPU.
+
+    Raises:
+        NumericsError: a value that is not finite, or a matrix that is not normal.
+
+    Cost: `O(k^3)`, about 25 k^3 flops.
+    Reference: Golub and Van Loan, "Matrix Computations", 4th edition, theorem 7.4.1 and corollary 7.1.4.
+
+    >>> turn = torch.tensor([[0.0, -1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+    >>> found = find_planes(turn)
+    >>> [round(angle, 6) for angle in found.angles.tolist()], found.factors.tolist()
+    ([1.570796], [1.0])
+    >>> found.power(0.5)[:2, 0].tolist() == found.power(0.5)[:2, 0].abs().tolist()
+    True
+    """
+    from scipy.linalg import schur
+
+    wide = core.detach().to("cpu", torch.float64)
+    size = wide.shape[0]
+    if not bool(wide.isfinite().all()):
+        raise NumericsError("a rotation holds values that are not finite")
+    if not size:
+        empty = wide.new_zeros(0)
+        return Planes(wide.new_zeros(0, 0, 2), empty, empty, wide, empty)
+    upper, basis = (torch.from_numpy(part) for part in schur(wide.numpy(), output="real"))
+    pairs: list[tuple[Tensor, Tensor, float, float]] = []  # columns, angle, length
+    axes: list[int] = []
+    mirrored: list[int] = []
+    index, normal = 0, 0.0
+    while index < size:
+        lone = index + 1 == size or float(upper[index + 1, index]) == 0
+        width = 1 if lone else 2
+        normal += float(upper[index : index + width, index + width :].square().sum())
+        if lone:
+            (mirrored if float(upper[index, index]) < 0 else axes).append(index)
+        else:
+            block = upper[index : index + 2, index : index + 2]
+            cosine = float(block[0, 0] + block[1, 1]) / 2
+            sine = float(block[1, 0] - block[0, 1]) / 2
+            first, second = basis[:, index], basis[:, index + 1]
+            angle, length = atan2(abs(sine), cosine), hypot(cosine, sine)
+            pairs.append((first, second, angle, length) if sine > 0 else (second, first, angle, length))
+        index += width
+    if normal > NORMAL**2 * size:
+        raise NumericsError(f"a rotation is not one: its Schur form is off by {normal**0.5:.1e}")
+    for left, right in zip(mirrored[0::2], mirrored[1::2], strict=False):
+        scale = float((upper[left, left] * upper[right, right]).sqrt())
+        pairs.append((basis[:, left], basis[:, right], pi, scale))
+    axes += mirrored[len(mirrored) - len(mirrored) % 2 :]
+    pairs.sort(key=lambda pair: -pair[2])
+    columns = [torch.stack(pair[:2], dim=1) for pair in pairs]
+    return Planes(
+        torch.stack(columns) if columns else wide.new_zeros(0, size, 2),
+        wide.new_tensor([pair[2] for pair in pairs]),
+        wide.new_tensor([pair[3] for pair in pairs]),
+        basis[:, axes],
+        upper.diagonal()[axes],
+    )
+
+
+def rotation_log(core: Tensor) -> Tensor:
+    """The skew-symmetric logarithm of a rotation all of whose angles are below pi.
+
+    Args:
+        core: `(k, k)`, orthogonal of determinant +1.
+
+    Returns:
+        `(k, k)`, float64.
+
+    Raises:
+        TargetError: determinant -1.
+        NumericsError: a half turn: either way round is as short, and the logarithm not one but many.
+
+    >>> rotation_log(torch.tensor([[0.0, -1.0], [1.0, 0.0]])).round(decimals=6).tolist()
+    [[0.0, -1.570796], [1.570796, 0.0]]
+    """
+    planes = find_planes(core)
+    planes.refuse_reflection()
+    if planes.half_turns:
+        raise NumericsError(
+            "two rotations are half a turn apart: both ways round are as short, and none is the mean",
+            hint="weigh one of them more with --mode slerp, or take --mode compose",
+        )
+    return planes.log()
+
+
+def orthogonality_defect(blocks: Tensor) -> float:
+    """Measure how far square blocks are from orthogonal: the largest entry of `|R^T R - I|`, in float64.
+
+    >>> orthogonality_defect(torch.eye(3)[None] * 2)
+    3.0
+    """
+    wide = blocks.to(torch.float64)
+    eye = torch.eye(wide.shape[-1], dtype=torch.float64, device=wide.device)
+    return float((wide.mT @ wide - eye).abs().max())
+
+
+def plane_angles(blocks: Tensor) -> Tensor:
+    """List the rotation angles of orthogonal blocks, one per plane, largest first.
+
+    The spectrum of an orthogonal matrix is pairs of unit complex numbers at +-angle, plus lone +1 and -1. Pairs give
+    one angle each; two -1 make one half turn, a lone -1 (determinant -1) a bare reflection: pi. A +1 that is left over
+    turns nothing and is not listed.
+
+    Args:
+        blocks: `(n, k, k)`, orthogonal; computed in float64.
+
+    Returns:
+        Angles in `[0, pi]`, descending, all blocks together.
+
+    >>> plane_angles(torch.tensor([[[0.0, -1.0, 0.0], [1.0, 0.0, 0.0], [0.0, 0.0, -1.0]]])).tolist()
+    [3.141592653589793, 1.5707963267948966]
+    """
+    wide = blocks.to(torch.float64)
+    size = wide.shape[-1]
+    if size == 0:
+        return wide.new_zeros(0)
+    angles: Tensor = torch.linalg.eigvals(wide).angle().abs().sort(dim=-1, descending=True).values
+    # Equal angles are neighbours now: every second one counts each pair once, and pi with an odd number of -1 too.
+    planes = angles[:, 0::2]
+    if size % 2:
+        reflected = torch.linalg.slogdet(wide).sign < 0
+        lone = torch.zeros_like(planes, dtype=torch.bool)
+        lone[:, -1] = ~reflected  # odd size, determinant +1: the smallest belongs to the axis, not to a plane
+        planes = planes[~lone]
+    return planes.flatten().sort(descending=True).values
