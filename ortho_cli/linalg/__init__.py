@@ -8,6 +8,8 @@
 | `lowrank.py`, `kronecker.py`, `dora.py` | LoRA and LoCon, LoHa and LoKr, DoRA |
 | `cayley.py`, `block_rotation.py` | OFT: blocks from stored parameters, block rotations |
 | `planes.py`, `rotation.py` | a rotation of a few directions: its planes and angles, powers, reflections |
+| `joint_rotation.py`, `joint_low_rank.py` | several adapters in the span of all: products, means, TIES, DARE |
+| `procrustes.py` | the rotation that best takes one weight to another |
 | `group.py` | group orthogonality (GOR): penalties on small sets of filters, with their gradients |
 | `coherence.py`, `intruders.py` | how far vectors are from orthonormal; new leading directions of a weight |
 | `matricize.py`, `spectral.py`, `subspace_iteration.py` | weights as matrices; their best low-rank factors |
@@ -15,6 +17,8 @@
 | `product.py`, `frobenius.py`, `heads.py` | factored products: measured, balanced, decayed; those of attention |
 | `tensor.py`, `tensor_train.py` | a weight as a tensor train or a Tucker form, and computing with it |
 | `polar.py`, `polar_express.py`, `subspace.py` | the basis of a weight (its polar factor), and how far it moved |
+| `nog.py`, `olr.py` | nearest orthogonal gradients; the rate that keeps a weight's length |
+| `skew_conv.py`, `orthogonal_loss.py` | orthogonal convolutions; soft orthogonality of one matrix |
 | `precision.py` | which dtypes are computed in and which are refused |
 """
 
