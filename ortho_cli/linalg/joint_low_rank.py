@@ -1,4 +1,4 @@
-r"""Several low-rank additions in one pair of bases: `B_i A_i = L C_i R` with `L`, `R` orthonormal and `C_i (p, q)` small.
+r"""Several low-rank additions in one pair of bases: `B_i A_i = L C_i R`, `L` and `R` orthonormal, `C_i (p, q)` small.
 
 What task arithmetic does entry by entry to whole weights is done to the cores, at no cost that grows with the weight.
 """
