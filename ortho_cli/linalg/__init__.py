@@ -19,6 +19,8 @@
 | `polar.py`, `polar_express.py`, `subspace.py` | the basis of a weight (its polar factor), and how far it moved |
 | `nog.py`, `olr.py` | nearest orthogonal gradients; the rate that keeps a weight's length |
 | `skew_conv.py`, `orthogonal_loss.py` | orthogonal convolutions; soft orthogonality of one matrix |
+| `nog.py`, `olr.py` | nearest orthogonal gradients; the rate that keeps a weight's length |
+| `skew_conv.py`, `orthogonal_loss.py` | orthogonal convolutions; soft orthogonality of one matrix |
 | `precision.py` | which dtypes are computed in and which are refused |
 """
 

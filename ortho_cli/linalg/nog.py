@@ -49,7 +49,7 @@ def nearest_orthogonal(gradient: Tensor, *, method: str = "auto") -> Tensor:
         UsageError: no such method.
 
     Cost: for `m x n`, `k = min(m, n)`: `4 m n k + 11 k^3` flops by "gram", which an SVD of thin matrices takes many of.
-    Reference: Song et al., "Improving Covariance Conditioning of the SVD Meta-layer by Orthogonality", arXiv:2207.02119.
+    Reference: Song, Sebe and Wang, "Improving Covariance Conditioning of the SVD Meta-layer", arXiv:2207.02119.
 
     >>> import torch
     >>> nearest_orthogonal(torch.tensor([[3.0, 0.0, 0.0], [0.0, -2.0, 0.0]])).tolist()

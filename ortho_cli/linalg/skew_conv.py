@@ -43,12 +43,12 @@ def skew_filter(filters: Tensor) -> Tensor:
 
 def start_vectors(shape: tuple[int, ...], generator: torch.Generator | None = None) -> Vectors:
     """Random vectors of length 1, in float32 on the CPU, for filters of a shape."""
-    right, left = [], []
-    for axes in FILTER_AXES:
-        for found, own in ((right, True), (left, False)):
-            sizes = [size if (axis in axes) is own else 1 for axis, size in enumerate(shape)]
-            found.append(_unit(torch.randn(prod(sizes), generator=generator, device="cpu")).reshape(sizes))
-    return Vectors(tuple(right), tuple(left))
+
+    def start(axes: tuple[int, ...], own: bool) -> Tensor:
+        sizes = [size if (axis in axes) is own else 1 for axis, size in enumerate(shape)]
+        return _unit(torch.randn(prod(sizes), generator=generator, device="cpu")).reshape(sizes)
+
+    return Vectors(*(tuple(start(axes, own) for axes in FILTER_AXES) for own in (True, False)))
 
 
 @torch.no_grad()
@@ -105,5 +105,5 @@ def space_to_depth(inputs: Tensor, stride: int) -> Tensor:
 
 
 def _unit(vector: Tensor) -> Tensor:
-    length = torch.linalg.vector_norm(vector)
+    length: Tensor = torch.linalg.vector_norm(vector)
     return vector / length.clamp_min(EPS)
