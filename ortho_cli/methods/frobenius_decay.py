@@ -22,11 +22,12 @@ from .factored_module import FactoredModule
 from .factorized_base import FactorizedLayer
 from .method import Context, Method
 from .sharded import accumulate, as_sharded
+from .weight_decay import decoupled
 
 if TYPE_CHECKING:
     from ortho_cli.recipe.methods import FrobeniusDecay
 
-__all__ = ["FrobeniusDecayMethod", "decoupled", "frobenius_decay_"]
+__all__ = ["FrobeniusDecayMethod", "frobenius_decay_"]
 
 
 class Decayed(Protocol):
@@ -120,21 +121,6 @@ def _decay(layers: Sequence[Decayed], coef: float, rates: dict[int, float] | Non
 
 def _gradients(layer: FactorizedLayer) -> list[Tensor]:
     return [p.grad for p in layer.factor_parameters() if p.grad is not None]
-
-
-def decoupled(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether an optimizer decays weights beside the gradient step (AdamW, Muon, NAG) and not through the gradient.
-
-    >>> parameters = [nn.Parameter(torch.zeros(1))]
-    >>> decoupled(torch.optim.SGD(parameters)), decoupled(torch.optim.AdamW(parameters))
-    (False, True)
-    """
-    inner = getattr(optimizer, "optimizer", optimizer)  # what accelerate wraps
-    groups = inner.param_groups
-    if any(group.get("decoupled_weight_decay", False) for group in groups):
-        return True
-    # Of torch's own all others add decay to the gradient; those written out in ortho follow papers that do not.
-    return isinstance(inner, torch.optim.Muon) or not type(inner).__module__.startswith("torch.optim")
 
 
 class FrobeniusDecayMethod(Method):

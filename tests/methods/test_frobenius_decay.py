@@ -11,8 +11,9 @@ from torch import Tensor, nn
 import ortho_cli as ortho
 from ortho_cli.errors import TargetError
 from ortho_cli.methods.factorized_base import FactorizedLayer
-from ortho_cli.methods.frobenius_decay import FrobeniusDecayMethod, decoupled
+from ortho_cli.methods.frobenius_decay import FrobeniusDecayMethod
 from ortho_cli.methods.method import Context
+from ortho_cli.methods.weight_decay import decoupled
 from ortho_cli.recipe.methods import FrobeniusDecay
 from ortho_cli.training.optimizers import NAG, UncorrectedAdam, _Pair, parameter_groups
 
