@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -70,6 +70,7 @@ def write_adapter(
     command: str,
     base_name: str | None = None,
     extra: Mapping[str, Any] | None = None,
+    notes: Sequence[str] = (),
     force: bool = False,
 ) -> list[str]:
     """Write some adapted layers of a model, and what trains beside them.
@@ -81,6 +82,7 @@ def write_adapter(
         command: what made the adapter, for the metadata.
         base_name: the base's hub id, for PEFT.
         extra: further fields of `ortho.method`.
+        notes: what the model card should say beside its own.
         force: replace an existing adapter folder.
 
     Returns:
@@ -110,7 +112,7 @@ def write_adapter(
         for name, (pieces, described) in outputs.items():
             write_file(partial / name, pieces, described)
         (partial / "adapter_config.json").write_text(json.dumps(files.config, indent=2, sort_keys=True) + "\n", "utf-8")
-        (partial / "README.md").write_text(_card(files.config, command, base_name, files.notes), "utf-8")
+        (partial / "README.md").write_text(_card(files.config, command, base_name, [*notes, *files.notes]), "utf-8")
     return files.notes
 
 

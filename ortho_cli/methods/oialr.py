@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -11,10 +12,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from ortho_cli.errors import RecipeError, TargetError
+from ortho_cli.linalg.ranks import energy_rank
+
 from .basis_layers import BasisLayer, step_cost
 from .factorized_export import write_exports
 from .method import Context, Method
 from .oialr_layer import SettlingLayer
+from .oialr_lora import LoRASince
 from .oialr_model import OIALR
 from .oialr_select import basis_candidates
 from .projected_attention import open_attention
@@ -25,6 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["LAYERS", "RANKS", "OIALRMethod", "flops_share"]
 
 LAYERS, RANKS = "layers.csv", "ranks.csv"
+LORA = "lora"  # the folder in the export
 
 
 class OIALRMethod(Method):
@@ -36,6 +42,8 @@ class OIALRMethod(Method):
         super().__init__(config)
         self.notes: list[str] = []
         self._run: OIALR | None = None
+        self._lora: LoRASince | None = None
+        self._left_out: list[str] = []
 
     @property
     def run(self) -> OIALR:
@@ -55,10 +63,12 @@ class OIALRMethod(Method):
         """Choose the layers; with `delay: 0` they convert at once.
 
         Raises:
-            TargetError: none, or one that cannot be converted.
+            TargetError: none, or one that cannot be converted, or for whose change no LoRA can stand.
+            RecipeError: a LoRA is wanted and there is no base to put it on.
         """
-        settings = self.config.model_dump(exclude={"name"})
-        self._run = OIALR(model, **settings)
+        if self.config.lora_rank is not None or self.config.lora_energy is not None:
+            self._lora = self._starting_point(model, context)
+        self._run = OIALR(model, **self.config.model_dump(exclude={"name", "lora_rank", "lora_energy"}))
         self.notes.append(f"{len(self.run.layers)} layers may convert")
         if self.run.opened:
             self.notes.append(f"{len(self.run.opened)} attention modules of torch compute from layers of their own")
@@ -66,13 +76,35 @@ class OIALRMethod(Method):
         if context.build is not None and not any(map(self.run.is_due, range(1, last + 1))):
             self.notes.append(f"no check falls into the {last} steps of this run: nothing will be cut")
 
+    def _starting_point(self, model: nn.Module, context: Context) -> LoRASince:
+        """The weights before anything converts."""
+        config, without = self.config, "leave lora_rank and lora_energy out: factors are left in any case"
+        if context.base is None:
+            raise RecipeError(
+                "oialr: a LoRA is a change of the weights that a run starts from, and model.base names none",
+                hint=f"name them in model.base, or {without}",
+            )
+        opened = open_attention(model)
+        if opened:
+            raise TargetError(
+                f"oialr: the projections of {opened[0]}, attention of torch, are no layers for a LoRA", hint=without
+            )
+        targets, ends = config.targets, {"keep_first": config.keep_first, "keep_last": config.keep_last}
+        rule = config.lora_rank or partial(energy_rank, energy=config.lora_energy)
+        return LoRASince(model, basis_candidates(model, targets, **ends), rule)
+
     def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, phase: str) -> bool:
         """Check the layers that this phase's optimizer trains, if it is time."""
         return self.run.check(optimizer, step + 1)
 
     def export(self, model: nn.Module, path: Path) -> None:
-        """Write the dense network, which loads in the plain model, factors (`ortho.load_factorized`), and tables."""
+        """Write the dense network, which loads in the plain model, factors (`ortho.load_factorized`), and tables.
+
+        And `lora/`, a PEFT folder, where the recipe asks for it.
+        """
         write_exports(model, path)
+        if self._lora is not None:
+            self._left_out = self._lora.write(model, {each.name: each.module for each in self.run.layers}, path / LORA)
         for name, (columns, rows) in _tables(self.run.layers).items():
             with (path / name).open("w", encoding="utf-8", newline="") as file:
                 csv.writer(file, lineterminator="\n").writerows([columns, *rows])
@@ -80,14 +112,18 @@ class OIALRMethod(Method):
     def closing_notes(self) -> list[str]:
         """What came of it; a warning where nothing converted, with the highest stability seen."""
         converted = self.run.converted
+        highest = self.run.highest
         if converted:
             ranks = [layer.rank for layer in converted.values()]
-            return [f"{len(ranks)} of {len(self.run.layers)} layers converted, of rank {min(ranks)} to {max(ranks)}"]
-        highest = self.run.highest
-        seen = "no stability was measured"
-        if highest is not None:
-            seen = f"the highest stability was {highest[0]:.4f}, of {highest[1]}"
-        return [f"warning: nothing converted: {seen}; the threshold is {self.config.threshold:g}"]
+            said = f"{len(ranks)} of {len(self.run.layers)} layers converted, of rank {min(ranks)} to {max(ranks)}"
+        else:
+            seen = (
+                f"the highest stability was {highest[0]:.4f}, of {highest[1]}"
+                if highest
+                else "no stability was measured"
+            )
+            said = f"warning: nothing converted: {seen}; the threshold is {self.config.threshold:g}"
+        return [said, *(f"{LORA}: {note}" for note in self._left_out)]
 
     def state(self) -> dict[str, Any]:
         """Ranks, what was measured, and the bases to measure against."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field
 
 from ortho_cli.recipe.method_section import MethodSection
-from ortho_cli.recipe.section import Count, Patterns, Whole
+from ortho_cli.recipe.section import Count, Patterns, Rejection, Whole
 
 __all__ = ["OIALR", "TrackStability"]
 
@@ -45,6 +46,17 @@ class OIALR(MethodSection):
     moments: Literal["rotate", "zero"] = Field(
         default="rotate", description="What the optimizer knows of a weight follows its basis, or begins anew."
     )
+    lora_rank: Count | None = Field(
+        default=None, description="Leave a LoRA against model.base too, of this rank; what it leaves out is said."
+    )
+    lora_energy: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        default=None, description="Or of the ranks that hold this share of each layer's change (in squares)."
+    )
+
+    def problems(self) -> Iterator[Rejection]:
+        """One rule for the LoRA's rank."""
+        if self.lora_rank is not None and self.lora_energy is not None:
+            yield ("lora_energy",), "is another rule for the same rank as lora_rank; give one of them"
 
 
 class TrackStability(MethodSection):
