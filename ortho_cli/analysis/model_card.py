@@ -40,7 +40,7 @@ SHOWN_FIGURES = ("loss", "accuracy")
 def card_text(run: Run) -> str:
     """The whole card of a run; a license is not named, for the run does not know one."""
     exports = sorted(path for path in (run.folder / "export").glob("*") if path.is_dir())
-    adapters = [path for path in exports if (path / "adapter_config.json").is_file()]
+    adapters = sorted(path.parent for path in (run.folder / "export").rglob("adapter_config.json"))
     state = "best" if (run.folder / "checkpoints" / "best").is_dir() else f"step-{run.step:06d}"
     sections = [
         f"# {run.title}",
@@ -110,7 +110,7 @@ def _adapter(run: Run, adapter: Path) -> list[str]:
     """How to use an adapter that PEFT reads."""
     config: dict[str, Any] = read_json(adapter / "adapter_config.json")
     base = run.recipe.model.base
-    place = f"export/{adapter.name}"
+    place = adapter.relative_to(run.folder).as_posix()
     named = hub_base(run.recipe)
     origin = f"`{named}`" if named else f"`{public_text(base)}`" if base else "this run's own random start"
     title = f"`{place}` is a PEFT adapter ({config.get('peft_type', 'unknown')}) of the base model, {origin}:"

@@ -56,7 +56,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "oialr": {
         "targets": "auto", "when": "stable", "every": 200, "threshold": 0.95, "patience": 2, "start_after": 0,
         "delay": 1000, "cut": "relative", "beta": 0.1, "keep_first": False, "keep_last": True, "order": "back",
-        "share": 0.1, "moments": "rotate",
+        "share": 0.1, "moments": "rotate", "lora_rank": None, "lora_energy": None,
     },
     "track_stability": {"every": 200, "lag": 1, "targets": "auto"},
     "distill": {

@@ -88,6 +88,23 @@ def test_what_a_run_logs_and_leaves(tmp_path: Path) -> None:
     assert "trained share" in text.lower() and "mean rank" in text.lower()
 
 
+def test_a_run_from_a_base_leaves_a_lora_on_it(tmp_path: Path) -> None:
+    """With its error in the result, and in the card how to use it; the same after a kill."""
+    base = write(tmp_path, "base", methods="[]", optimizer=ADAMW, model=MODEL, train="{steps: 20, threads: 1}")
+    train(load_train(base))
+    model = MODEL.replace("}", f", base: {tmp_path / 'base'}}}")
+    sections = {"methods": f"[{OIALR.replace('}', ', lora_rank: 4}')}]", "optimizer": ADAMW, "model": model}
+    outcome = train(load_train(write(tmp_path, "whole", **sections)))
+    (note,) = (note for note in outcome.notes if "lora: a LoRA of rank 4 on 2 layers" in note)
+    assert "% of what training changed" in note
+    assert 'from_pretrained(model, "export/oialr/lora")' in (tmp_path / "whole/README.md").read_text("utf-8")
+    broken = write(tmp_path, "broken", **sections)
+    die_at(broken, 40)
+    train(load_train(broken), resume=True)
+    for path in (tmp_path / "whole/export/oialr/lora").iterdir():
+        assert path.read_bytes() == (tmp_path / "broken/export/oialr/lora" / path.name).read_bytes()
+
+
 def test_recorded_stability_is_that_of_the_checkpoints(tmp_path: Path) -> None:
     """The tracker's numbers are what `ortho.stability` says of the weights that were saved at its checks."""
     sections = {"model": MODEL, "optimizer": ADAMW, "run": "{dir: FOLDER, save_every_steps: 6, keep: all}"}
