@@ -76,12 +76,16 @@ def file_order(pieces: Iterable[Piece]) -> list[Piece]:
     return sorted(pieces, key=lambda piece: (_ORDER[piece.dtype], piece.name))
 
 
-def _layout(pieces: Iterable[Piece], metadata: dict[str, str]) -> tuple[bytes, list[tuple[Piece, int]]]:
-    """Header bytes and absolute offset of every piece, in `file_order`.
+def _layout(
+    pieces: Iterable[Piece], metadata: dict[str, str], head: bytes | None = None
+) -> tuple[bytes, list[tuple[Piece, int]]]:
+    """Header bytes and absolute offset of every piece, in `file_order`, or in the given order behind a given `head`.
 
     Raises:
         CheckpointError: names that no file can hold: two equal ones, or one the format keeps for itself.
     """
+    if head is not None:
+        return head, _placed(pieces, len(head))
     ordered = file_order(pieces)
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     offset = 0
@@ -100,17 +104,21 @@ def _layout(pieces: Iterable[Piece], metadata: dict[str, str]) -> tuple[bytes, l
     raw += b" " * (-len(raw) % 8)
     if len(raw) > MAX_HEADER_BYTES:
         raise CheckpointError(f"cannot be written as one file: its header of {len(raw):,} bytes is too long")
-    start = 8 + len(raw)
-    placed, offset = [], start
-    for piece in ordered:
+    return len(raw).to_bytes(8, "little") + raw, _placed(ordered, 8 + len(raw))
+
+
+def _placed(pieces: Iterable[Piece], offset: int) -> list[tuple[Piece, int]]:
+    """Each piece with its offset, one behind the other."""
+    placed = []
+    for piece in pieces:
         placed.append((piece, offset))
         offset += piece.nbytes
-    return len(raw).to_bytes(8, "little") + raw, placed
+    return placed
 
 
-def file_bytes(pieces: Sequence[Piece], metadata: dict[str, str]) -> int:
+def file_bytes(pieces: Sequence[Piece], metadata: dict[str, str], head: bytes | None = None) -> int:
     """The exact size of the file that `write_file` would write."""
-    head, _ = _layout(pieces, metadata)
+    head, _ = _layout(pieces, metadata, head)
     return len(head) + sum(piece.nbytes for piece in pieces)
 
 
@@ -120,6 +128,7 @@ def write_file(
     metadata: dict[str, str],
     *,
     advance: Callable[[int], None] = lambda count: None,
+    head: bytes | None = None,
 ) -> int:
     """Write one safetensors file in place (the caller renames it), copying ranges while computing the rest.
 
@@ -128,6 +137,8 @@ def write_file(
         pieces: the tensors, in any order; the same pieces give the same bytes.
         metadata: text to text, stored under ``__metadata__``.
         advance: told the number of bytes written since it was last called, from two threads.
+        head: the length and header of a file that is to come out byte for byte as it was; it describes the pieces in
+            the order given, and holds the metadata.
 
     Returns:
         The size of the file, which is on the disk (fsync) and re-opened: header, names and shapes are as planned.
@@ -136,7 +147,7 @@ def write_file(
         OutputError: the disk filled up, the file cannot be written, or it does not hold what was planned.
         CheckpointError: names that no file can hold, or an input that vanished or changed since its header was read.
     """
-    head, placed = _layout(pieces, metadata)
+    head, placed = _layout(pieces, metadata, head)
     total = len(head) + sum(piece.nbytes for piece in pieces)
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from math import isfinite, lcm, prod, sqrt
+from math import isfinite, lcm, pi, prod, sqrt
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ortho_cli.checkpoints.adapters import Adapter, Addition
@@ -25,19 +25,34 @@ if TYPE_CHECKING:
 __all__ = ["AddTo", "Fold", "Operate", "Replace", "ReplaceRows", "Step", "cast_blocks"]
 
 
+# An angle this close to pi is a half turn: which plane it turns is a choice, and so is everything between 0 and it.
+HALF_TURN = pi - 1e-6
+
+
 class Acting(NamedTuple):
     """A step with what it needs in memory: how it changes a block, and the multiple of rows its blocks must have.
 
-    `rows` 0 means the whole tensor; `operator` is what the report asks for angles.
+    `rows` 0 means the whole tensor; `operator` is what the report asks for angles; `split` that half turns were taken
+    in part.
     """
 
     rows: int
     apply: Callable[[Tensor, int], Tensor]
     operator: Operator | None = None
+    split: bool = False
 
 
 class Step(Protocol):
-    """One change of a tensor, seen as a matrix ``(rows, rest)``."""
+    """One change of a tensor, seen as a matrix ``(rows, rest)``, or with `undo` the way back.
+
+    `strength` is the share of it that is taken, `brings` the tensor it takes values from, where it is one.
+    """
+
+    @property
+    def strength(self) -> float: ...
+
+    @property
+    def brings(self) -> TensorInfo | None: ...
 
     def prepare(self, compute: torch.dtype) -> Acting:
         """Read what the step needs; `apply` of the result takes a block and its first row."""
@@ -49,10 +64,17 @@ class Operate:
 
     adapter: Adapter
     layer: str
+    strength: float = 1.0
+    undo: bool = False
+    brings: None = None
 
     def prepare(self, compute: torch.dtype) -> Acting:
-        operator = self.adapter.operator(self.layer, str(compute).removeprefix("torch."))
-        return Acting(operator.row_multiple, operator.apply, operator)
+        whole = self.adapter.operator(self.layer, str(compute).removeprefix("torch."))
+        operator = whole if self.strength == 1 else whole.power(self.strength)
+        operator = operator.inverse() if self.undo else operator
+        angles = whole.angles() if self.strength % 1 else None
+        split = angles is not None and bool((angles >= HALF_TURN).any())
+        return Acting(operator.row_multiple, operator.apply, operator, split)
 
 
 @dataclass(frozen=True)
@@ -60,9 +82,16 @@ class Replace:
     """Take another tensor's values instead (`modules_to_save`, saved biases, resized embeddings)."""
 
     value: TensorInfo
+    strength: float = 1.0
+
+    @property
+    def brings(self) -> TensorInfo:
+        return self.value
 
     def prepare(self, compute: torch.dtype) -> Acting:
-        return Acting(1, lambda block, first_row: _rows(self.value, first_row, block))
+        if self.strength == 1:
+            return Acting(1, lambda block, first_row: _rows(self.value, first_row, block))
+        return Acting(1, lambda block, first_row: block.lerp(_rows(self.value, first_row, block), self.strength))
 
 
 @dataclass(frozen=True)
@@ -71,6 +100,11 @@ class ReplaceRows:
 
     indices: Sequence[int]
     value: TensorInfo
+    strength: float = 1.0
+
+    @property
+    def brings(self) -> TensorInfo:
+        return self.value
 
     def prepare(self, compute: torch.dtype) -> Acting:
         with TensorReader() as reader:
@@ -80,7 +114,8 @@ class ReplaceRows:
             changed = block.clone()
             for row, index in enumerate(self.indices):
                 if first_row <= index < first_row + len(block):
-                    changed[index - first_row] = rows[row]
+                    here = index - first_row
+                    changed[here] = rows[row] if self.strength == 1 else block[here].lerp(rows[row], self.strength)
             return changed
 
         return Acting(1, apply)
@@ -91,9 +126,15 @@ class AddTo:
     """Add a tensor (a full difference, a bias difference)."""
 
     addition: Addition
+    strength: float = 1.0
+    undo: bool = False
+
+    @property
+    def brings(self) -> TensorInfo:
+        return self.addition.tensor
 
     def prepare(self, compute: torch.dtype) -> Acting:
-        tensor, scale = self.addition.tensor, self.addition.scale
+        tensor, scale = self.addition.tensor, self.addition.scale * self.strength * (-1 if self.undo else 1)
         return Acting(1, lambda block, first_row: block + scale * _rows(tensor, first_row, block))
 
 
@@ -106,8 +147,8 @@ class Fold:
         steps: in the order they act.
         dtype: safetensors dtype of the result.
         exact: compute in float64 instead of float32.
-        detail: completed while running: the relative change (None for a zero tensor that changed), and the largest
-            rotation angle where there is one.
+        detail: completed while running: the relative change (None for a zero tensor that changed), the largest
+            rotation angle where there is one, and whether a half turn was split.
     """
 
     info: TensorInfo
@@ -158,6 +199,8 @@ class Fold:
         largest = [float(angle.max()) for angle in angles if angle is not None and len(angle)]
         if largest:
             self.detail["largest_angle"] = max(largest)
+        if any(step.split for step in acting):
+            self.detail["half_turn_split"] = True
 
 
 def cast_blocks(info: TensorInfo, dtype: str) -> Iterator[Any]:

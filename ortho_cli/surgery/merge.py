@@ -1,19 +1,17 @@
 """Fold adapters into the weights they belong to, streaming: one block of rows in memory, the rest copied as bytes.
 
-Arithmetic is float32 (float64 with `exact`) and is cast once, at the end. Adapters act in the order given; the base's
-layout, sharding and small files are kept.
+Arithmetic is float32 (float64 with `exact`) and is cast once, at the end. Adapters act in the order given, each at its
+strength; the base's layout, sharding and small files are kept.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Mapping, Sequence
 from math import prod
 from pathlib import Path
 from typing import Any
 
-from ortho_cli.checkpoints import layouts
 from ortho_cli.checkpoints.adapters import Adapter, adapter_of
 from ortho_cli.checkpoints.factored import factored_layers
 from ortho_cli.checkpoints.reading import BLOCK_BYTES
@@ -22,13 +20,16 @@ from ortho_cli.checkpoints.tensors import FLOAT_DTYPES, TensorInfo
 from ortho_cli.checkpoints.writer import Piece, computed, copied
 from ortho_cli.errors import TargetError, UsageError, check_choice
 
-from .fit import check_base, check_floats, check_tensors, input_files, open_all
-from .fold import AddTo, Fold, Operate, Replace, ReplaceRows, Step, cast_blocks
+from .changes import Changes, changes_of, taken_whole
+from .fit import input_files, open_all
+from .fold import Fold, Operate, Replace, ReplaceRows, Step, cast_blocks
 from .hra_repo import has_hra, plain_names
 from .mirror import mirror, parse_size
 from .plan import Plan, Progress, Report, provenance, run
+from .strengths import WHOLE, AdapterArgument, Strengths, given_strengths, spelled, strength_totals
+from .undo import keep_undo as leave_undo
 
-__all__ = ["merge", "plan_merge"]
+__all__ = ["merge", "plan_fold", "plan_merge"]
 
 # Kinds whose operators act on any block of rows.
 _BY_ROWS = ("hra", "lora", "loha", "replaced")
@@ -37,12 +38,14 @@ DTYPES = {"keep": None, "fp16": "F16", "bf16": "BF16", "fp32": "F32"}
 
 def merge(
     base: str | Path,
-    adapters: str | Path | Sequence[str | Path],
+    adapters: str | Path | Sequence[AdapterArgument],
     output: str | Path,
     *,
+    strength: float | str | Sequence[float | str] = 1.0,
     exact: bool = False,
     dtype: str = "keep",
     max_shard_size: str | None = None,
+    keep_undo: str | Path | None = None,
     force: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -51,11 +54,15 @@ def merge(
 
     Args:
         base: any checkpoint argument.
-        adapters: any readable adapters, applied in order; none (``[]``) to fold the one ``base`` itself holds.
+        adapters: any readable adapters, applied in order, ``"PATH"``, ``"PATH=0.7"`` or ``("PATH", 0.7)``; none
+            (``[]``) to fold the one ``base`` itself holds.
         output: ``X.safetensors`` or a folder like the base's.
+        strength: of all adapters, times their own: 0 is the base, 1 the adapter; along the rotation for HRA and OFT,
+            linear for the rest. In a list, ``"PATTERN=0.3"`` speaks for some layers and the last one wins.
         exact: compute in float64.
         dtype: ``keep``, ``fp16``, ``bf16`` or ``fp32`` for every float tensor of the output.
         max_shard_size: split the output anew, e.g. ``5GB``.
+        keep_undo: write a file from which `unmerge` restores the base byte for byte.
         force: overwrite, and merge a base-bound adapter into another base.
         dry_run: plan only.
         progress: told of every byte.
@@ -64,17 +71,18 @@ def merge(
         The report: for each layer the relative change ``||W' - W||_F / ||W||_F`` and the largest rotation angle.
 
     Raises:
-        TargetError: the base holds factors.
+        TargetError: the base holds factors; an adapter that has no strength but 0 and 1 (an odd number of reflections).
         CheckpointError: an adapter's layer is not in the base, has another shape, or is bound to another base.
         NumericsError: a merged weight is not finite.
         OutputError: see `plan.run`.
 
     Cost: the changed weights are read, multiplied (``4 out in r`` FLOPs a layer) and written; the rest is copied.
     """
-    opened, found = open_all(base, [adapters] if isinstance(adapters, (str, Path)) else adapters)
+    paths, strengths = given_strengths(adapters, strength)
     plan = plan_merge(
-        opened, found, Path(output), exact=exact, dtype=dtype, max_shard_size=max_shard_size, force_base=force
-    )
+        *open_all(base, paths), Path(output), strengths=strengths, exact=exact, dtype=dtype,
+        max_shard_size=max_shard_size, keep_undo=None if keep_undo is None else Path(keep_undo), force_base=force,
+    )  # fmt: skip
     return run(plan, force=force, dry_run=dry_run, progress=progress)
 
 
@@ -83,9 +91,11 @@ def plan_merge(
     adapters: Sequence[Adapter],
     output: Path,
     *,
+    strengths: Strengths = WHOLE,
     exact: bool = False,
     dtype: str = "keep",
     max_shard_size: str | None = None,
+    keep_undo: Path | None = None,
     force_base: bool = False,
 ) -> Plan:
     """Plan `merge` from headers alone (and 8 kB a layer for the base's fingerprint); arguments as there."""
@@ -104,18 +114,72 @@ def plan_merge(
     if not own and not adapters:
         raise UsageError(f"no adapter given, and {base.root.name} holds none", hint="ortho merge BASE ADAPTER -o OUT")
     folded = [adapter_of(base)] if own else list(adapters)
-    changes = _changes(base, folded, force_base)
+    changes = changes_of(base, folded, strengths, force_base=force_base)
     cast = DTYPES[dtype]
+    renamed = plain_names(base) if own else {}
+    options: dict[str, object] = {
+        "strength": list(strengths.values),
+        "exact": exact,
+        "dtype": None if dtype == "keep" else dtype,
+        "max_shard_size": max_shard_size,
+        "keep_undo": keep_undo,
+    }
+    inputs = [base.source.rstrip("/"), *([] if own else spelled(adapters, strengths))]
+    dropped = {name for name in base.tensors if own and name.endswith(".hra_u")}
+    plan = plan_fold(
+        "merge", base, folded, changes, output, provenance("merge", inputs, options), exact=exact, cast=cast,
+        max_shard_size=max_shard_size, renamed=renamed, dropped=dropped,
+    )  # fmt: skip
+    casts = _casts(base, changes) if cast is None else []
+    if casts:
+        kinds = ", ".join(dict.fromkeys(casts))
+        plan.notes.append(f"{len(casts)} tensors of the adapters were cast to the base's float type ({kinds})")
+    if keep_undo is not None:
+        recast = {name for name, info in base.tensors.items() if _target(info, cast) != info.dtype}
+        changed = {name: base.tensors[name] for name in {*changes.steps, *dropped, *recast}}
+        leave_undo(plan, base, keep_undo, changed, renamed)
+    _fit_vocabulary(plan, base, changes)
+    return plan
+
+
+def plan_fold(
+    command: str,
+    base: Checkpoint,
+    adapters: Sequence[Adapter],
+    changes: Changes,
+    output: Path,
+    metadata: dict[str, str],
+    *,
+    exact: bool,
+    cast: str | None = None,
+    max_shard_size: str | None = None,
+    renamed: Mapping[str, str] | None = None,
+    dropped: Collection[str] = (),
+) -> Plan:
+    """Plan a checkpoint like `base` in which some tensors go through steps.
+
+    Args:
+        command: the verb.
+        base: the checkpoint to follow.
+        adapters: what the steps are from.
+        changes: of `changes_of` or `reversals_of`.
+        output: a file or a folder.
+        metadata: of the output.
+        exact: compute in float64.
+        cast: safetensors dtype of all float tensors, None: as they are.
+        max_shard_size: split anew.
+        renamed: names of the output, where they differ.
+        dropped: tensors to leave out.
+    """
     details: list[dict[str, Any]] = []
-    restored = plain_names(base) if own else {}
 
     def transform(name: str, info: TensorInfo) -> Sequence[Piece]:
-        if own and name.endswith(".hra_u"):
+        if name in dropped:
             return []
-        plain = restored.get(name, name)
+        plain = (renamed or {}).get(name, name)
         if name in changes.steps:
             steps, target = changes.steps[name], _target(info, cast)
-            value = _taken_whole(info, steps)
+            value = taken_whole(info, steps)
             if value is not None:
                 details.append(_detail(plain, info, steps))
                 return [_taken_over(value, plain, cast)]
@@ -124,27 +188,17 @@ def plan_merge(
             return [computed(plain, target, fold.shape, fold.produce)]
         return [_taken_over(info, plain, cast)]
 
-    adapter_names = [] if own else [adapter.source.rstrip("/") for adapter in adapters]
-    options: dict[str, object] = {
-        "exact": exact,
-        "dtype": None if dtype == "keep" else dtype,
-        "max_shard_size": max_shard_size,
-    }
-    metadata = provenance("merge", [base.source.rstrip("/"), *adapter_names], options)
     limit = parse_size(max_shard_size) if max_shard_size else None
     extra = [_taken_over(info, name, cast) for name, info in changes.new.items()]
     written = mirror(base, output, transform, metadata, extra=extra, max_shard_bytes=limit)
-    plan = Plan("merge", input_files(base, folded), output, written.files, copies=written.copies, texts=written.texts)
+    plan = Plan(command, input_files(base, adapters), output, written.files, copies=written.copies, texts=written.texts)
     plan.details = [detail for detail in details if detail["kind"] != "replaced"]
     plan.layers = len(plan.details)
     plan.parameters = sum(detail["parameters"] for detail in plan.details)
     plan.notes = list(dict.fromkeys([*base.notes, *changes.notes]))
-    casts = _casts(base, changes) if cast is None else []
-    if casts:
-        kinds = ", ".join(dict.fromkeys(casts))
-        plan.notes.append(f"{len(casts)} tensors of the adapters were cast to the base's float type ({kinds})")
     plan.totals = {
-        "adapters": [adapter.kind for adapter in folded],
+        "adapters": [adapter.kind for adapter in adapters],
+        **strength_totals(adapters, changes.strengths),
         "arithmetic": "float64" if exact else "float32",
         "replaced": len(details) - len(plan.details) + len(changes.new),
     }
@@ -154,8 +208,17 @@ def plan_merge(
     ema = sum(name.startswith("model_ema.") for name in base.tensors)
     if ema > 2:  # two counters stand even in files without EMA weights
         plan.notes.append(f"EMA: {ema} model_ema tensors are left as they are; only the model's own weights are merged")
-    _fit_vocabulary(plan, base, changes)
+    plan.finish = _note_half_turns
     return plan
+
+
+def _note_half_turns(plan: Plan) -> None:
+    split = sum(detail.get("half_turn_split", False) for detail in plan.details)
+    if split:
+        plan.notes.append(
+            f"{split} layers turn planes by pi (Gram-Schmidt adapters do), where a rotation has no single half: "
+            "which planes those are was chosen, always in the same way"
+        )
 
 
 def _target(info: TensorInfo, cast: str | None) -> str:
@@ -171,66 +234,22 @@ def _taken_over(info: TensorInfo, name: str, cast: str | None) -> Piece:
     return computed(name, target, info.shape, lambda: cast_blocks(info, target))
 
 
-@dataclass
-class _Changes:
-    """Native tensor name -> its steps; tensors the base lacks; and what the report should say."""
-
-    steps: dict[str, list[Step]] = field(default_factory=dict)
-    new: dict[str, TensorInfo] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
-
-    def resized(self) -> dict[str, tuple[int, ...]]:
-        """The shapes of the tensors that were replaced so far."""
-        replaced = {name: steps[0] for name, steps in self.steps.items()}  # a replacement is always the first step
-        return {name: step.value.shape for name, step in replaced.items() if isinstance(step, Replace)}
-
-
-def _changes(base: Checkpoint, adapters: Sequence[Adapter], force_base: bool) -> _Changes:
-    """Resolve every adapter's names in the base, check shapes and fingerprints, and line the steps up."""
-    changes = _Changes()
-    index = layouts.LayerIndex(base.layers(), base.layout)
-    for adapter in adapters:
-        changes.notes += adapter.notes
-        native = index.resolve_all(list(adapter.layers))
-        resized = changes.resized()
-        check_base(base, adapter, native, force_base, changes.notes.append, resized)
-        names = _tensor_names(base, adapter)
-        check_tensors(base, adapter, names, resized)
-        for name, info in adapter.replacements.items():
-            if name in names:
-                if changes.steps.pop(names[name], None):  # nothing of them would be left
-                    changes.notes.append(f"{name}: a later adapter replaces what earlier ones made of it")
-                _push(changes, names[name], Replace(info))
-            else:
-                changes.new[name] = info
-                changes.notes.append(f"{name} is not in the base and was added from the adapter")
-        for name, (rows, info) in adapter.row_replacements.items():
-            _push(changes, names[name], ReplaceRows(rows, info))
-        for layer in adapter.layers:
-            _push(changes, base.weight(native[layer]).name, Operate(adapter, layer))
-        for name, addition in adapter.additions.items():
-            _push(changes, names[name], AddTo(addition))
-    for name, steps in changes.steps.items():
-        if _taken_whole(base.tensors[name], steps) is None:
-            check_floats(base.tensors[name], [value for step in steps if (value := _value(step)) is not None])
-    return changes
+def _detail(name: str, info: TensorInfo, steps: Sequence[Step]) -> dict[str, Any]:
+    acting = [step.adapter.layers[step.layer] for step in steps if isinstance(step, Operate)]
+    ranks = [layer.rank for layer in acting if layer.rank is not None]
+    strengths = [step.strength for step in steps]
+    return {
+        "name": name.removesuffix(".weight"),
+        "shape": list(info.shape),
+        "dtype": info.dtype,
+        "kind": "+".join(layer.kind for layer in acting) or "replaced",
+        "rank": sum(ranks) if ranks else None,
+        **({"strength": strengths[0] if len(strengths) == 1 else strengths} if set(strengths) != {1.0} else {}),
+        "parameters": sum(layer.parameters for layer in acting),
+    }
 
 
-def _taken_whole(info: TensorInfo, steps: Sequence[Step]) -> TensorInfo | None:
-    """The tensor that takes the base's place byte for byte; None where anything is to be computed."""
-    step = steps[0]
-    whole = len(steps) == 1 and isinstance(step, Replace) and step.value.dtype == info.dtype
-    return step.value if whole and isinstance(step, Replace) else None
-
-
-def _value(step: Step) -> TensorInfo | None:
-    """The tensor a step brings whole."""
-    if isinstance(step, AddTo):
-        return step.addition.tensor
-    return step.value if isinstance(step, (Replace, ReplaceRows)) else None
-
-
-def _casts(base: Checkpoint, changes: _Changes) -> list[str]:
+def _casts(base: Checkpoint, changes: Changes) -> list[str]:
     """`F32 -> F16` for every tensor that takes the place of values of another float type."""
     return [
         f"{step.value.dtype} -> {base.tensors[name].dtype}"
@@ -240,39 +259,7 @@ def _casts(base: Checkpoint, changes: _Changes) -> list[str]:
     ]
 
 
-def _push(changes: _Changes, name: str, step: Step) -> None:
-    changes.steps.setdefault(name, []).append(step)
-
-
-def _tensor_names(base: Checkpoint, adapter: Adapter) -> dict[str, str]:
-    """Names of whole tensors an adapter brings -> names in the base, for those the base has."""
-    modules = dict.fromkeys(name.rpartition(".")[0].removesuffix(".fixed_linear") for name in base.tensors)
-    everything = layouts.LayerIndex(modules, base.layout)
-    found = {}
-    for name in (*adapter.replacements, *adapter.row_replacements, *adapter.additions):
-        module, _, kind = name.rpartition(".")
-        native = everything.resolve(module)
-        for candidate in (f"{native}.{kind}", f"{native}.fixed_linear.{kind}"):
-            if native is not None and candidate in base.tensors:
-                found[name] = candidate
-                break
-    return found
-
-
-def _detail(name: str, info: TensorInfo, steps: Sequence[Step]) -> dict[str, Any]:
-    acting = [step.adapter.layers[step.layer] for step in steps if isinstance(step, Operate)]
-    ranks = [layer.rank for layer in acting if layer.rank is not None]
-    return {
-        "name": name.removesuffix(".weight"),
-        "shape": list(info.shape),
-        "dtype": info.dtype,
-        "kind": "+".join(layer.kind for layer in acting) or "replaced",
-        "rank": sum(ranks) if ranks else None,
-        "parameters": sum(layer.parameters for layer in acting),
-    }
-
-
-def _fit_vocabulary(plan: Plan, base: Checkpoint, changes: _Changes) -> None:
+def _fit_vocabulary(plan: Plan, base: Checkpoint, changes: Changes) -> None:
     """Give the written config the number of tokens of embeddings that an adapter resized."""
     sizes = {
         (step.value.shape[0], base.tensors[name].shape[0])

@@ -21,7 +21,7 @@ from ortho_cli.errors import CheckpointError, UsageError
 
 from .plan import OutputFile
 
-__all__ = ["Mirror", "check_output_name", "mirror", "parse_size"]
+__all__ = ["Mirror", "check_output_name", "mirror", "parse_size", "small_files"]
 
 Transform = Callable[[str, TensorInfo], Sequence[Piece]]
 # The same weights in other frameworks' formats: stale after surgery, so they stay behind.
@@ -119,7 +119,7 @@ def mirror(
     files: list[OutputFile] = []
     for group in _groups(produced):
         files += _component_files(group, metadata, max_shard_bytes, texts)
-    copies, left = _small_files(base, output)
+    copies, left = small_files(base, output)
     return Mirror(files, copies, texts, _left_behind(left))
 
 
@@ -200,7 +200,7 @@ def _split(pieces: Sequence[Piece], limit: int) -> list[list[Piece]]:
     return shards
 
 
-def _small_files(base: Checkpoint, output: Path) -> tuple[list[tuple[Path, str]], list[str]]:
+def small_files(base: Checkpoint, output: Path) -> tuple[list[tuple[Path, str]], list[str]]:
     """Configurations, tokenizers, cards: everything but weights, their indices, hidden files and the output itself.
 
     Returns:

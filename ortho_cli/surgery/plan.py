@@ -12,7 +12,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -24,8 +24,9 @@ from ortho_cli.checkpoints.reading import BLOCK_BYTES
 from ortho_cli.checkpoints.writer import Piece, file_bytes, write_file
 from ortho_cli.errors import CheckpointError
 
-__all__ = ["OutputFile", "Plan", "Progress", "Report", "provenance", "run"]
+__all__ = ["Advance", "Companion", "OutputFile", "Plan", "Progress", "Report", "provenance", "run"]
 
+Advance = Callable[[int], None]  # told of bytes read or written since the last call
 INTERPRETER_BYTES = 240 * 2**20  # Python with torch, before any tensor
 
 
@@ -41,11 +42,27 @@ class Progress(Protocol):
 
 @dataclass(frozen=True)
 class OutputFile:
-    """One safetensors file of an output; `relative` is its place below the output folder, "" for a single file."""
+    """One safetensors file of an output; `relative` is its place below the output folder, "" for a single file.
+
+    With a `head`, the verbatim header of a file that is to be restored, pieces stand in its order.
+    """
 
     relative: str
     pieces: Sequence[Piece]
     metadata: dict[str, str]
+    head: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Companion:
+    """A file made from a finished output before that gets its name: neither appears until both are complete.
+
+    `write` is given the output's partial and its own; `needed` is the free space that takes.
+    """
+
+    path: Path
+    needed: int
+    write: Callable[[Path, Path, Advance], None]
 
 
 @dataclass
@@ -53,8 +70,10 @@ class Plan:
     """Everything a verb is about to do.
 
     `details` holds one dictionary for each changed layer; computed pieces complete theirs while they run. `copies` are
-    files taken over as they are, `texts` small files whose content is known. `during` surrounds the writing, for what
-    computed pieces need while they run; `finish` is called before the last texts are written.
+    files taken over as they are, `texts` and `blobs` small files whose content is known. `before` is called when
+    nothing has been written yet, to look at inputs whole; `during` surrounds the writing, for what computed pieces
+    need while they run; `finish` is called before the last texts are written. `extra_bytes` are those that `before`
+    and the companion read.
     """
 
     command: str
@@ -65,19 +84,23 @@ class Plan:
     parameters: int = 0
     copies: list[tuple[Path, str]] = field(default_factory=list)
     texts: dict[str, str] = field(default_factory=dict)
+    blobs: dict[str, bytes] = field(default_factory=dict)
     details: list[dict[str, Any]] = field(default_factory=list)
     totals: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     working_bytes: int = 4 * BLOCK_BYTES
     during: Callable[[], AbstractContextManager[None]] = nullcontext
     finish: Callable[[Plan], None] = lambda plan: None
+    before: Callable[[Advance], None] = lambda advance: None
+    companion: Companion | None = None
+    extra_bytes: int = 0
 
     @property
     def bytes_out(self) -> int:
         """Bytes that will be written."""
-        weights = sum(file_bytes(file.pieces, file.metadata) for file in self.files)
+        weights = sum(file_bytes(file.pieces, file.metadata, file.head) for file in self.files)
         copies = sum(path.stat().st_size for path, _ in self.copies)
-        return weights + copies + sum(len(text.encode()) for text in self.texts.values())
+        return weights + copies + sum(map(len, _known(self).values()))
 
     @property
     def peak_bytes(self) -> int:
@@ -140,31 +163,44 @@ def run(plan: Plan, *, force: bool = False, dry_run: bool = False, progress: Pro
     _check_names(plan)
     inputs = [*plan.inputs, *(source for source, _ in plan.copies)]
     check_output(plan.output, inputs, plan.bytes_out, force=force)
+    beside = plan.companion
+    if beside is not None:
+        check_output(beside.path, inputs, beside.needed, force=force)
     if dry_run:
         return plan.report([], time.perf_counter() - started, dry_run=True)
     if progress is not None:
-        progress.start(plan.bytes_out)
-    advance = progress.advance if progress is not None else lambda count: None
-    with plan.during(), atomic(plan.output, force=force) as partial:
-        single = len(plan.files) == 1 and not plan.files[0].relative and not plan.copies and not plan.texts
+        progress.start(plan.bytes_out + plan.extra_bytes)
+    advance: Advance = progress.advance if progress is not None else lambda count: None
+    plan.before(advance)
+    with ExitStack() as stack:
+        stack.enter_context(plan.during())
+        own = stack.enter_context(atomic(beside.path, force=force)) if beside is not None else None
+        partial = stack.enter_context(atomic(plan.output, force=force))
+        single = len(plan.files) == 1 and not plan.files[0].relative and not (plan.copies or plan.texts or plan.blobs)
         if not single:
             partial.mkdir()
         for file in plan.files:
             target = partial / file.relative if file.relative else partial
             target.parent.mkdir(parents=True, exist_ok=True)
-            write_file(target, file.pieces, file.metadata, advance=advance)
+            write_file(target, file.pieces, file.metadata, advance=advance, head=file.head)
         for source, relative in plan.copies:
             _copy(source, partial / relative)
             advance(source.stat().st_size)
         plan.finish(plan)
         _check_names(plan)  # the last texts may be known only now
-        for relative, text in plan.texts.items():
-            _write_text(partial / relative, text)
+        for relative, content in _known(plan).items():
+            _write(partial / relative, content)
+        if beside is not None and own is not None:
+            beside.write(partial, own, advance)
     return plan.report(_outputs(plan), time.perf_counter() - started)
 
 
+def _known(plan: Plan) -> dict[str, bytes]:
+    return {**{name: text.encode() for name, text in plan.texts.items()}, **plan.blobs}
+
+
 def _names(plan: Plan) -> list[str]:
-    return [*(file.relative for file in plan.files), *(name for _, name in plan.copies), *plan.texts]
+    return [*(file.relative for file in plan.files), *(name for _, name in plan.copies), *plan.texts, *plan.blobs]
 
 
 def _check_names(plan: Plan) -> None:
@@ -179,6 +215,7 @@ def _check_names(plan: Plan) -> None:
 
 def _outputs(plan: Plan) -> list[dict[str, Any]]:
     paths = [plan.output / name if name else plan.output for name in _names(plan)]
+    paths += [plan.companion.path] if plan.companion is not None else []
     return [{"path": str(path), "bytes": path.stat().st_size} for path in paths]
 
 
@@ -188,9 +225,9 @@ def _copy(source: Path, target: Path) -> None:
     _sync(target)
 
 
-def _write_text(target: Path, text: str) -> None:
+def _write(target: Path, content: bytes) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.write_text(text, "utf-8")
+    target.write_bytes(content)
     _sync(target)
 
 
