@@ -7,24 +7,28 @@ Over all rotations this is Procrustes' problem, `in x in` and ill-posed where `W
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-from ortho_cli.errors import TargetError
+from ortho_cli.errors import NumericsError, TargetError
 from ortho_cli.linalg.precision import at_least_float32
-from ortho_cli.linalg.rotation import LowRankRotation
+from ortho_cli.linalg.rotation import LowRankRotation, orthonormal_basis
 from ortho_cli.linalg.spectral import frobenius_norm, spectral_factors
+from ortho_cli.linalg.subspace_iteration import TOLERANCE, leading_subspace, prefers_subspace
 
-__all__ = ["explained_share", "extract_rotation", "nearest_rotation"]
+__all__ = ["extract_rotation", "nearest_rotation"]
 
-# The span searched beside what is kept: the noise of rounded weights may hide a small angle behind it.
-SEARCHED = 2
+# Looks at what is left of the change. The second finds what float32 products cannot see beside the largest directions
+# of the first: a few thousandths of them, and less.
+LOOKS = 2
+# Singular values of the fit below this share of the largest are rounding, and so is what they would turn.
+INDIFFERENT = 1e-12
 
 
 def nearest_rotation(before: Tensor, after: Tensor) -> Tensor:
     r"""The rotation K closest to taking the columns of one matrix to those of another, `argmin ||P K - Q||_F`.
+
+    Directions that P does not have (columns of zeros, dependent ones) fit any turn as well; they are not turned.
 
     Args:
         before: `P (n, k)`.
@@ -38,30 +42,41 @@ def nearest_rotation(before: Tensor, after: Tensor) -> Tensor:
 
     >>> nearest_rotation(torch.eye(2), torch.tensor([[0.0, -1.0], [1.0, 0.0]])).tolist()
     [[0.0, -1.0], [1.0, 0.0]]
+    >>> nearest_rotation(torch.zeros(3, 2), torch.zeros(3, 2)).tolist()
+    [[1.0, 0.0], [0.0, 1.0]]
     """
-    left, _, right = torch.linalg.svd(before.double().T @ after.double())
+    left, values, right = torch.linalg.svd(before.double().T @ after.double())
+    indifferent = values <= INDIFFERENT * values[:1]
+    if bool(indifferent.any()):
+        outer, _, inner = torch.linalg.svd(left[:, indifferent].T @ right[indifferent].T)
+        left = torch.cat([left[:, ~indifferent], left[:, indifferent] @ outer @ inner], dim=1)
     if float(torch.linalg.det(left @ right)) < 0:
         left = torch.cat([left[:, :-1], -left[:, -1:]], dim=1)
     rotation: Tensor = left @ right
     return rotation
 
 
-def extract_rotation(before: Tensor, after: Tensor, reflections: int | Callable[[Tensor], int]) -> LowRankRotation:
+def extract_rotation(before: Tensor, after: Tensor, reflections: int) -> LowRankRotation:
     """Find the rotation on the input side that explains the most of a weight's change.
 
-    The leading right singular vectors of the change span twice what is asked for; Procrustes' problem is solved there,
-    the planes of largest angle are kept, and it is solved once more within them.
+    The leading right singular vectors of the change are the span that turns; Procrustes' problem is solved there, and
+    again together with those of what is left. The planes that move the weight most are kept, and it is solved once more
+    within them.
 
     Args:
         before: `W_0 (out, in)`, any plain float type.
         after: `W_1 (out, in)`.
-        reflections: how many the adapter may have, at least 2; or a rule that reads it from the singular values of the
-            change.
+        reflections: how many the adapter may have, at least 2: one alone mirrors, and does not turn. Of an odd number
+            the last is not used.
+
+    Returns:
+        A rotation of at most that many directions; of none where nothing changed.
 
     Raises:
-        TargetError: shapes that differ, or fewer than two reflections: one alone mirrors, and does not turn.
+        TargetError: shapes that differ, or fewer than two reflections.
+        NumericsError: a value that is not finite.
 
-    Cost: the leading subspace of an `out x in` matrix (a dozen products with `2 r` columns).
+    Cost: two leading subspaces of an `out x in` matrix (each a dozen products with `r` columns).
     Reference: OrthoMerge, arXiv:2602.05943, section 3 (for all of `in x in`).
 
     >>> turn = LowRankRotation(torch.eye(3)[:, :2], torch.tensor([[0.0, -1.0], [1.0, 0.0]]))
@@ -72,36 +87,49 @@ def extract_rotation(before: Tensor, after: Tensor, reflections: int | Callable[
     """
     if before.shape != after.shape or before.dim() != 2:
         raise TargetError(f"weights of shapes {tuple(before.shape)} and {tuple(after.shape)}: not one layer")
+    if reflections < 2:
+        raise TargetError(f"a rotation takes at least two reflections, found {reflections}")
     start, end = at_least_float32(before, "weight"), at_least_float32(after, "weight")
-    sides = min(start.shape)
+    span = start.new_zeros(start.shape[1], 0, dtype=torch.float64)
+    found = LowRankRotation(span, span[:0], dtype=start.dtype)
+    for _ in range(LOOKS):
+        left = found.apply(start)
+        norm = float(frobenius_norm(torch.sub(end, left, out=left)))
+        if norm != norm or norm == float("inf"):
+            raise NumericsError(f"weights of shape {tuple(start.shape)} hold values that are not finite")
+        if norm == 0:
+            break
+        more = _leading_rows(left, min(reflections, min(start.shape) - span.shape[1]))
+        span = orthonormal_basis(torch.cat([span, more], dim=1))[0]
+        found = _restricted(start, end, span)
+    return _restricted(start, end, _planes_that_move(start, found, reflections // 2))
 
-    def searched(values: Tensor) -> int:
-        return min(sides, SEARCHED * (reflections if isinstance(reflections, int) else reflections(values)))
 
-    rank = min(sides, SEARCHED * reflections) if isinstance(reflections, int) else searched
-    factors = spectral_factors(end - start, rank)
-    kept = reflections if isinstance(reflections, int) else max(2, -(-factors.vt.shape[0] // SEARCHED))
-    if kept < 2:
-        raise TargetError(f"a rotation takes at least two reflections, found rank {kept}")
-    turned = factors.values > 0
-    if not bool(turned.any()):
-        return LowRankRotation(start.new_zeros(start.shape[1], 0), start.new_zeros(0, 0), dtype=start.dtype)
-    basis = torch.linalg.qr(factors.vt[turned].double().T).Q
-    first = _restricted(start, end, basis).truncate(kept).rotation
-    return _restricted(start, end, torch.linalg.qr(first.basis).Q)
+def _leading_rows(matrix: Tensor, rank: int) -> Tensor:
+    """Orthonormal `(in, rank)`, float64: the span of the leading right singular vectors."""
+    if rank == 0:
+        return matrix.new_zeros(matrix.shape[1], 0, dtype=torch.float64)
+    if prefers_subspace(*matrix.shape, rank, TOLERANCE):
+        tall = matrix.shape[0] >= matrix.shape[1]
+        basis, product = leading_subspace(matrix if tall else matrix.mT, rank)
+        rows = basis if tall else product
+    else:
+        rows = spectral_factors(matrix, rank, method="gram").vt.mT
+    span: Tensor = torch.linalg.qr(rows.double()).Q
+    return span
 
 
 def _restricted(start: Tensor, end: Tensor, basis: Tensor) -> LowRankRotation:
+    """The best rotation within a span."""
     span = basis.to(start.dtype)
     return LowRankRotation(basis, nearest_rotation(start @ span, end @ span), dtype=start.dtype)
 
 
-def explained_share(before: Tensor, after: Tensor, found: Tensor) -> float:
-    """The share of `||W_1 - W_0||_F^2` that a reconstruction explains: 1 is all of it, below 0 worse than nothing.
-
-    >>> explained_share(torch.zeros(1, 1), torch.ones(1, 1), torch.full((1, 1), 0.5))
-    0.75
-    """
-    change = float(frobenius_norm(after - before))
-    missed = float(frobenius_norm(after - found))
-    return 1.0 if change == 0 else 1 - (missed / change) ** 2
+def _planes_that_move(start: Tensor, found: LowRankRotation, count: int) -> Tensor:
+    """Orthonormal `(in, 2 count)`: the planes whose turn changes the weight most, by `2 sin(t / 2) ||W_0 P||_F`."""
+    planes = found.planes()
+    columns = torch.einsum("dk,pkc->dpc", found.basis, planes.pairs)
+    seen = (start @ columns.flatten(1).to(start.dtype)).view(start.shape[0], *columns.shape[1:])
+    moved = (planes.angles / 2).sin() * seen.double().square().sum((0, 2)).sqrt()
+    kept = moved.argsort(descending=True, stable=True)[:count]
+    return torch.linalg.qr(columns[:, kept].flatten(1)).Q
