@@ -23,7 +23,8 @@ TABLES: dict[str, dict[str, str]] = {
         "ortho": "ortho_cli.checkpoints.dialects.hra_repo:VECTORS",
         "hra-repo": "ortho_cli.checkpoints.dialects.hra_repo:DIALECT",
     },
-    # Architectures: builders that take a recipe's section, the classes, and the pictures' channels and size.
+    # Architectures: builders that take a recipe's section and what the task knows: of pictures the classes, channels
+    # and size, of series the steps seen and forecast.
     "models": {
         "resnet20": "ortho_cli.models.resnet_cifar:build",
         "resnet32": "ortho_cli.models.resnet_cifar:build",
@@ -37,10 +38,13 @@ TABLES: dict[str, dict[str, str]] = {
         "vit-b16": "ortho_cli.models.vit:build",
         "mlp": "ortho_cli.models.mlp:build",
         "hf-image": "ortho_cli.models.hf_image:build",
+        "timm": "ortho_cli.models.timm_image:build",
+        "forecaster": "ortho_cli.models.forecaster:build",
     },
     # What is trained: data, loss and metrics.
     "tasks": {
         "classify": "ortho_cli.tasks.classify:ClassifyTask",
+        "forecast": "ortho_cli.tasks.forecast:ForecastTask",
     },
     # What `evaluate` says of a task's outputs beyond its own metrics.
     "judges": {

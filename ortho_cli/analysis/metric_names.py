@@ -13,7 +13,9 @@ from typing import Literal
 
 __all__ = ["better", "is_share", "metric_title", "metric_value", "number_format", "scale", "slug", "tail"]
 
-LESS_IS_BETTER = re.compile(r"(^|_)(loss|error|perplexity|ppl|fid|kid|lpips|nll|wer|penalty|defect|distance)($|_|@)")
+LESS_IS_BETTER = re.compile(
+    r"(^|_)(loss|error|mse|mae|perplexity|ppl|fid|kid|lpips|nll|wer|penalty|defect|distance)($|_|@)"
+)
 SHARES = re.compile(r"(^|_)(accuracy|f1|precision|recall|share|error)($|_|@|\d)")
 
 

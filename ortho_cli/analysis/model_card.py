@@ -7,6 +7,7 @@ of the machine is in it.
 from __future__ import annotations
 
 import math
+import re
 import shlex
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,9 @@ from .run_results import results_table
 __all__ = ["CARD", "DATASETS", "TASK_TYPES", "card_text"]
 
 CARD = "README.md"
-TASK_TYPES = {"classify": "image-classification"}  # the hub's words for our tasks
-HUB_METRICS = {"accuracy", "f1", "precision", "recall", "bleu", "perplexity", "rouge"}  # that the hub knows
+# The hub's words for our tasks, and the metrics that it knows.
+TASK_TYPES = {"classify": "image-classification", "forecast": "time-series-forecasting"}
+HUB_METRICS = {"accuracy", "f1", "precision", "recall", "bleu", "perplexity", "rouge", "mse", "mae"}
 # Where the sets that recipes name by a short word are on the hub; others say it in data.source.
 DATASETS = {
     "mnist": "ylecun/mnist",
@@ -32,6 +34,7 @@ DATASETS = {
     "cifar100": "uoft-cs/cifar100",
     "tiny-imagenet": "zh-plus/tiny-imagenet",
     "imagenet": "ILSVRC/imagenet-1k",
+    **dict.fromkeys(("etth1", "etth2", "ettm1", "ettm2"), "AutonLab/Timeseries-PILE"),
 }
 FACTORED = "factors"  # in what methods with factors export
 SHOWN_FIGURES = ("loss", "accuracy")
@@ -64,7 +67,7 @@ def _front_matter(run: Run, adapters: list[Path]) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     recipe, data = run.recipe, run.recipe.data
-    dataset = (data.source or "").partition("@")[0] or DATASETS.get(data.name)
+    dataset = re.split("[@:]", data.source or "")[0] or DATASETS.get(data.name)
     task_type = TASK_TYPES.get(recipe.task.name, recipe.task.name)
     finals = {name: series.final for name, series in run.metrics.items() if name.startswith("eval/")}
     measured = {name: value for name, value in finals.items() if math.isfinite(value)}

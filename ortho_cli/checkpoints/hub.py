@@ -47,8 +47,12 @@ def parse_hub_id(text: str) -> HubId | None:
     return HubId(match["repo"], match["revision"], match["file"])
 
 
-def fetch(hub: HubId) -> Path:
+def fetch(hub: HubId, *, repo_type: str = "model") -> Path:
     """The local path of a hub id: a file or the snapshot folder, downloaded if the cache lacks it.
+
+    Args:
+        hub: what to fetch.
+        repo_type: `dataset` for a file of a data set.
 
     Raises:
         CheckpointError: unknown repository, revision or file, no network, or nothing in the cache while offline.
@@ -60,7 +64,7 @@ def fetch(hub: HubId) -> Path:
     network: tuple[type[Exception], ...] = HfHubHTTPError.__bases__
     try:
         if hub.file is not None:
-            return Path(hf_hub_download(hub.repo, hub.file, revision=hub.revision))
+            return Path(hf_hub_download(hub.repo, hub.file, revision=hub.revision, repo_type=repo_type))
         return _fetch_cached(hub) if constants.HF_HUB_OFFLINE else _fetch_folder(hub, network)
     except LocalEntryNotFoundError as error:
         raise CheckpointError(

@@ -99,14 +99,10 @@ def _check_data(recipe: object) -> None:
     section = getattr(recipe, "data", None)
     if section is None:
         return
-    from ortho_cli.tasks.data_check import check_data, describe_data
+    from ortho_cli.tasks.data_check import check_data, describe_data, found_text
 
     typer.echo(describe_data(section))  # first: it helps most where the data is missing
-    found = check_data(section)
-    kept = "" if found["kept"] == found["classes"] else f", {found['kept']} of them kept"
-    typer.echo(
-        f"found: {found['train']} samples to train on, {found['eval']} to judge by; {found['classes']} classes{kept}"
-    )
+    typer.echo(found_text(check_data(section)))
 
 
 @app.command()

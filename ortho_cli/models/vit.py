@@ -17,7 +17,7 @@ from ortho_cli.errors import RecipeError
 if TYPE_CHECKING:
     from ortho_cli.recipe.models import VitB16, VitMini
 
-__all__ = ["VisionTransformer", "build"]
+__all__ = ["Block", "VisionTransformer", "build"]
 
 LAYER_NORM_EPS = 1e-6  # timm's and the original's; torch's default is 1e-5
 WEIGHT_STD = 0.02
@@ -92,7 +92,7 @@ class VisionTransformer(nn.Module):
         self.patch_embed = _PatchEmbed(in_channels, dim, patch)
         self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
         self.pos_embed = nn.Parameter(torch.zeros(1, (image_size // patch) ** 2 + 1, dim))
-        self.blocks = nn.ModuleList(_Block(dim, heads, round(dim * mlp_ratio), qkv_bias, dropout) for _ in range(depth))
+        self.blocks = nn.ModuleList(Block(dim, heads, round(dim * mlp_ratio), qkv_bias, dropout) for _ in range(depth))
         self.norm = nn.LayerNorm(dim, LAYER_NORM_EPS)
         self.head = nn.Linear(dim, num_classes)
         self.checkpointing = False
@@ -159,8 +159,18 @@ class _Mlp(nn.Module):
         return narrowed
 
 
-class _Block(nn.Module):
-    """Attention, then a two-layer network, each on the normalised stream and added to it."""
+class Block(nn.Module):
+    """Attention, then a two-layer network, each on the normalised stream and added to it.
+
+    Args:
+        dim: width of the stream.
+        heads: of the attention; divides `dim`.
+        hidden: width of the two-layer network's hidden layer.
+        qkv_bias: whether query, key and value have biases.
+        dropout: share of the activations dropped behind the Linear layers, while training.
+
+    Shapes: `(B, tokens, dim)` to the same.
+    """
 
     def __init__(self, dim: int, heads: int, hidden: int, qkv_bias: bool, dropout: float) -> None:
         super().__init__()

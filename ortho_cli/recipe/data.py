@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from ortho_cli.recipe.section import Count, Rejection, Section, Text, Whole
+from ortho_cli.recipe.section import Count, Rejection, Section, Share, Text, Whole
 
-__all__ = ["Data", "Images"]
+__all__ = ["Data", "Images", "Series"]
 
 
 class Images(Section):
     """Labelled images: a known data set, or a folder with one sub-folder a class."""
 
+    kind: ClassVar[str] = "pictures"
     name: Literal["digits", "mnist", "cifar10", "cifar100", "tiny-imagenet", "imagenet", "image-folder"] = Field(
         description="The data set; digits comes with scikit-learn and needs no download."
     )
@@ -48,4 +49,45 @@ class Images(Section):
                 yield (key,), f"{word} is named {counted[word]} times"
 
 
-Data = Images
+class Series(Section):
+    """Values over time, a column a channel: electricity transformers (ETT), brain waves, or a CSV file of one's own."""
+
+    kind: ClassVar[str] = "series"
+    name: Literal["etth1", "etth2", "ettm1", "ettm2", "eeg", "series-csv"] = Field(
+        description="The series; eeg comes with matplotlib and needs no download."
+    )
+    path: Text | None = Field(
+        default=None, description="A CSV file, or the folder it is in; it wins over the hub, which has ETT."
+    )
+    source: Text | None = Field(default=None, description="Another hub file: ORG/NAME[@revision]:FILE.")
+    columns: Annotated[tuple[Text, ...], Field(min_length=1)] | None = Field(
+        default=None, description="Columns to forecast, by their names; null: all but that of the dates."
+    )
+    shares: tuple[Share, Share] | None = Field(
+        default=None,
+        description="Shares of the rows to train and to validate on, the rest is for the test; null: of ETT the first "
+        "12, the next 4 and the next 4 months, of others 0.6 and 0.2.",
+    )
+    judge: Literal["val", "test"] = Field(
+        default="test", description="The part that evaluation is on: val to choose settings by, test to report."
+    )
+    batch: Count = Field(default=32, description="Windows a step, over all processes and accumulated parts together.")
+    eval_batch: Count | None = Field(default=None, description="Windows a batch in evaluation; null: as in training.")
+    workers: Whole = Field(default=0, description="Processes that load data; they do not change the result.")
+
+    def problems(self) -> Iterator[Rejection]:
+        """Brain waves have no source, a file of one's own needs one, and every part of the rows has some."""
+        if self.name == "eeg":
+            for key in ("path", "source"):
+                if getattr(self, key) is not None:
+                    yield (key,), "eeg comes with matplotlib and has none; remove the line"
+        elif self.name == "series-csv" and self.path is None and self.source is None:
+            yield ("name",), "a series-csv needs path: FILE (or source: HUB_ID:FILE)"
+        for word, count in Counter(self.columns or ()).items():
+            if count > 1:
+                yield ("columns",), f"{word} is named {count} times"
+        if self.shares is not None and not (min(self.shares) > 0 and sum(self.shares) < 1):
+            yield ("shares",), f"{self.shares[0]} and {self.shares[1]} leave one of the three parts without rows"
+
+
+Data = Annotated[Images | Series, Field(discriminator="name")]

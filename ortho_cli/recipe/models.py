@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
 from ortho_cli.recipe.section import Count, Positive, Rejection, Section, Share, Text
 
-__all__ = ["MLP", "VGG", "HFImage", "Model", "ResNet", "ResNet32x2", "VitB16", "VitMini", "WideResNet"]
+__all__ = [
+    "MLP", "VGG", "Forecaster", "HFImage", "Model", "ResNet", "ResNet32x2", "Timm", "VitB16", "VitMini", "WideResNet",
+]  # fmt: skip
 
 Base = Annotated[
     Text | None,
@@ -18,10 +20,17 @@ Base = Annotated[
 Patch = Annotated[Count, Field(description="Side of a patch in pixels.")]
 Depth = Annotated[Count, Field(description="Number of blocks.")]
 Heads = Annotated[Count, Field(description="Attention heads in a block.")]
+Width = Annotated[Count, Field(description="Width of a token.")]
 QKVBias = Annotated[bool, Field(description="Biases in the query, key and value projections.")]
 
 
-class ResNet(Section):
+class _Pictures(Section):
+    """A model of pictures."""
+
+    kind: ClassVar[str] = "pictures"
+
+
+class ResNet(_Pictures):
     """The CIFAR ResNet of 6n + 2 layers, 16, 32 and 64 channels wide."""
 
     name: Literal["resnet20", "resnet32", "resnet44", "resnet56", "resnet110"] = Field(description="Its depth.")
@@ -36,7 +45,7 @@ class ResNet(Section):
     base: Base = None
 
 
-class ResNet32x2(Section):
+class ResNet32x2(_Pictures):
     """ResNet-32 of 64, 128 and 256 channels with projections as shortcuts (EigenDamage, FNL)."""
 
     name: Literal["resnet32x2"] = Field(description="The architecture.")
@@ -44,7 +53,7 @@ class ResNet32x2(Section):
     base: Base = None
 
 
-class VGG(Section):
+class VGG(_Pictures):
     """VGG19 with batch norm and one linear layer (EigenDamage, FNL)."""
 
     name: Literal["vgg19"] = Field(description="The architecture.")
@@ -52,7 +61,7 @@ class VGG(Section):
     base: Base = None
 
 
-class WideResNet(Section):
+class WideResNet(_Pictures):
     """The wide residual network, WRN-28-10 as it stands."""
 
     name: Literal["wrn"] = Field(description="The architecture.")
@@ -66,16 +75,15 @@ class WideResNet(Section):
             yield ("depth",), f"must be 6n + 4 (10, 16, 22, 28, 40 ...), found {self.depth}"
 
 
-class _Vit(Section):
-    """What both sizes of vision transformer have."""
+class _Transformer(Section):
+    """What all transformers have."""
 
     name: str
-    patch: Patch
+    patch: Count
     depth: Depth
     heads: Heads
-    dim: Count = Field(default=768, description="Width of a token.")
+    dim: Width = 768
     mlp_ratio: Positive = Field(default=4.0, description="Width of a block's MLP over that of a token.")
-    qkv_bias: QKVBias
     dropout: Share = Field(default=0.0, description="Share of activations dropped in the blocks.")
     base: Base = None
 
@@ -83,6 +91,13 @@ class _Vit(Section):
         """Heads share the width evenly."""
         if self.dim % self.heads:
             yield ("dim",), f"a width of {self.dim} cannot be shared by {self.heads} heads; take a multiple of heads"
+
+
+class _Vit(_Transformer, _Pictures):
+    """What both sizes of vision transformer have."""
+
+    patch: Patch
+    qkv_bias: QKVBias
 
 
 class VitMini(_Vit):
@@ -105,7 +120,7 @@ class VitB16(_Vit):
     qkv_bias: QKVBias = True
 
 
-class MLP(Section):
+class MLP(_Pictures):
     """Fully connected layers with ReLU between them."""
 
     name: Literal["mlp"] = Field(description="The architecture.")
@@ -113,13 +128,37 @@ class MLP(Section):
     base: Base = None
 
 
-class HFImage(Section):
+class HFImage(_Pictures):
     """Any image classifier of transformers (AutoModelForImageClassification)."""
 
     name: Literal["hf-image"] = Field(description="The architecture is the base's.")
     base: Text = Field(description="A transformers folder or hub id.")
 
 
+class Timm(_Pictures):
+    """Any architecture of timm, with timm's parameter names."""
+
+    name: Literal["timm"] = Field(description="The library.")
+    architecture: Text = Field(description="What timm.create_model calls it, e.g. resnetrs101.")
+    drop_rate: Share = Field(default=0.0, description="Share of the features dropped before the classifier.")
+    base: Base = None
+
+
+class Forecaster(_Transformer):
+    """A transformer that forecasts series, each channel from its own past, trend and season apart."""
+
+    kind: ClassVar[str] = "series"
+    name: Literal["forecaster"] = Field(description="The architecture.")
+    patch: Annotated[Count, Field(description="Steps in a token; divides the task's input.")] = 8
+    depth: Depth = 2
+    heads: Heads = 8
+    dim: Width = 512
+    moving_average: Annotated[int, Field(ge=2)] = Field(
+        default=25, description="Steps over which the mean is the trend, and what it leaves the season."
+    )
+
+
 Model = Annotated[
-    ResNet | ResNet32x2 | VGG | WideResNet | VitMini | VitB16 | MLP | HFImage, Field(discriminator="name")
+    ResNet | ResNet32x2 | VGG | WideResNet | VitMini | VitB16 | MLP | HFImage | Timm | Forecaster,
+    Field(discriminator="name"),
 ]

@@ -60,8 +60,8 @@ class Best(Section):
     patience: Count | None = Field(default=None, description="Stop after this many evaluations without a better one.")
 
     def problems(self) -> Iterator[Rejection]:
-        """A loss is better when it is lower."""
-        if self.mode == "max" and self.metric.endswith("loss"):
+        """Losses and errors are better when they are lower."""
+        if self.mode == "max" and self.metric.endswith(("loss", "mse", "mae")):
             yield ("metric",), f"{self.metric} is better when it is lower; write mode: min"
 
 

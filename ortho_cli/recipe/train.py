@@ -25,7 +25,7 @@ from ortho_cli.recipe.parse import Positions, Problem, refusal
 from ortho_cli.recipe.run import Run, Train
 from ortho_cli.recipe.section import Rejection, Section, Version
 from ortho_cli.recipe.shipped import find
-from ortho_cli.recipe.tasks import Task
+from ortho_cli.recipe.tasks import Classify, Task
 from ortho_cli.recipe.write import plain_data, to_yaml
 
 __all__ = [
@@ -77,12 +77,20 @@ class TrainRecipe(Section):
         if self.data.batch % self.train.accumulate:
             reason = f"a batch of {self.data.batch} cannot be split into {self.train.accumulate} equal parts"
             yield ("train", "accumulate"), reason
+        for key, section in (("model", self.model), ("data", self.data)):
+            if section.kind != self.task.kind:
+                reason = f"{section.name} is for {section.kind}, and the task {self.task.name} for {self.task.kind}"
+                yield (key, "name"), reason
         first: dict[str, int] = {}
         for index, method in enumerate(self.methods):
             if method.name in first and method.once:
                 yield ("methods", index), f"{method.name} is already methods.{first[method.name]}; a recipe has it once"
             first.setdefault(method.name, index)
-            if method.name == "distill" and method.alpha and self.task.label_smoothing:
+            if method.name != "distill":
+                continue
+            if not isinstance(self.task, Classify):
+                yield ("methods", index), f"distill is for classes, and the task {self.task.name} has none"
+            elif method.alpha and self.task.label_smoothing:
                 reason = "the labels' share of methods.distill is of plain cross-entropy; give 0 here, or alpha 0 there"
                 yield ("task", "label_smoothing"), reason
         yield from matrix_problems(recipe_data(self, given_only=True))

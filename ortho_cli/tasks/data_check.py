@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
+from ortho_cli.recipe.data import Images, Series
+
 from .image_data import load_images, sources
 from .image_specs import SPECS
+from .series_check import check_series, describe_series
 
-if TYPE_CHECKING:
-    from ortho_cli.recipe.data import Images
-
-__all__ = ["check_data", "describe_data"]
+__all__ = ["check_data", "describe_data", "found_text"]
 
 
-def describe_data(config: Images) -> str:
+def describe_data(config: Images | Series) -> str:
     """What the recipe's data is, how a local copy looks, and how to get it; nothing is opened.
 
     Args:
@@ -24,6 +24,8 @@ def describe_data(config: Images) -> str:
     Returns:
         Lines of text.
     """
+    if isinstance(config, Series):
+        return describe_series(config)
     spec = SPECS[config.name]
     lines = [f"{spec.name}: {spec.title}"]
     if config.path is not None:
@@ -35,14 +37,15 @@ def describe_data(config: Images) -> str:
     return "\n".join([*lines, "to get it:", *(f"  {line}" for line in sources(spec))])
 
 
-def check_data(config: Images) -> dict[str, Any]:
-    """Open both splits of a recipe's data and count them.
+def check_data(config: Images | Series) -> dict[str, Any]:
+    """Open all parts of a recipe's data and count them.
 
     Args:
         config: the recipe's `data` section.
 
     Returns:
-        `name`, `train` and `eval` (samples), `classes` (number of them), `kept` (classes that are trained on).
+        `name`, and of pictures `train` and `eval` (samples), `classes` (number of them), `kept` (classes that are
+        trained on); of series what `check_series` says.
 
     Raises:
         RecipeError: the data is missing or not what the recipe says; the hint is how to get it.
@@ -50,6 +53,8 @@ def check_data(config: Images) -> dict[str, Any]:
 
     Cost: sets of small pictures are read whole; of others the files are listed, and one picture of each split opened.
     """
+    if isinstance(config, Series):
+        return check_series(config)
     train, judged = load_images(config, "train"), load_images(config, "eval")
     for images in (train, judged):
         if not isinstance(images.images, Tensor):
@@ -61,3 +66,13 @@ def check_data(config: Images) -> dict[str, Any]:
         "classes": len(train.classes),
         "kept": len(config.classes) if config.classes is not None else len(train.classes),
     }
+
+
+def found_text(found: dict[str, Any]) -> str:
+    """What `check_data` found, in a sentence."""
+    if "columns" in found:
+        columns = f"{len(found['columns'])} columns ({', '.join(found['columns'])})"
+        parts = f"{found['train']} rows to train on, {found['val']} to validate, {found['test']} to test"
+        return f"found: {columns}; {parts}"
+    kept = "" if found["kept"] == found["classes"] else f", {found['kept']} of them kept"
+    return f"found: {found['train']} samples to train on, {found['eval']} to judge by; {found['classes']} classes{kept}"

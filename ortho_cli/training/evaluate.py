@@ -62,7 +62,8 @@ def evaluate_run(
     run = open_run(folder)
     _check_sets(sets)
     whole = ["train.limit_batches=null"]  # the run's limit was for its own time; this one may be set
-    recipe = load_train(folder / RECIPE, [*whole, *sets, *(["data.augment=[]"] if split == "train" else [])])
+    plain = ["data.augment=[]"] if split == "train" and hasattr(run.recipe.data, "augment") else []
+    recipe = load_train(folder / RECIPE, [*whole, *sets, *plain])
     judge = _judge(recipe.task.name)
     known = [*judge.own, *judge.metrics] if judge else [name[5:] for name in run.metrics if name.startswith("eval/")]
     wanted = known if metrics is None else _wanted(metrics, known)

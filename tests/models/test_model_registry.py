@@ -21,7 +21,8 @@ SMALL = {
     "vit-mini": {"patch": 4, "depth": 1, "heads": 2, "dim": 8},
     "vit-b16": {"patch": 4, "depth": 1, "heads": 2, "dim": 8},
 }
-OWN = [name for name in TABLES["models"] if name != "hf-image"]  # whose sizes are its base's: tested on its own
+# Tested on their own: what has its base's sizes, what a library has, and what takes no pictures.
+OWN = [name for name in TABLES["models"] if name not in ("hf-image", "timm", "forecaster")]
 
 
 def build(name: str, channels: int) -> torch.nn.Module:
@@ -63,8 +64,10 @@ def test_every_parameter_takes_part(name: str, channels: int) -> None:
     assert silent == []
 
 
-@pytest.mark.parametrize("module", ["resnet_cifar", "vgg", "wide_resnet", "vit", "mlp", "hf_image"])
+@pytest.mark.parametrize(
+    "module", ["resnet_cifar", "vgg", "wide_resnet", "vit", "mlp", "hf_image", "timm_image", "forecaster"]
+)
 def test_examples_in_the_documentation_run(module: str) -> None:
     found = doctest.testmod(importlib.import_module(f"ortho_cli.models.{module}"))
     assert found.failed == 0
-    assert found.attempted > 0 or module == "hf_image"
+    assert found.attempted > 0 or module in ("hf_image", "timm_image")

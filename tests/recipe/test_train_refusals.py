@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from training_recipes import errors, written
+from training_recipes import FORECAST, errors, written
 
 from ortho_cli.errors import RecipeError
 from ortho_cli.recipe.train import load_train
@@ -13,14 +13,14 @@ from ortho_cli.registry import TABLES
 
 CASES: list[tuple[dict[str, str], str]] = [
     # names
-    ({"task": "{name: clasify}"}, "2: task.name: expected classify, found 'clasify'; did you mean 'classify'?"),
-    ({"task": "{}"}, "2: task.name: missing"),
+    ({"task": "{name: clasify}"}, "2: task.name: 'clasify' is none of classify, forecast; did you mean 'classify'?"),
+    ({"task": "{}"}, "2: task.name: missing; one of classify, forecast"),
     (
         {"model": "{name: resnet18}"},
         f"3: model.name: 'resnet18' is none of {', '.join(sorted(TABLES['models']))}; did you mean 'resnet110'?",
     ),
-    ({"data": "{name: cifar}"}, "4: data.name: expected digits, mnist, cifar10, cifar100, tiny-imagenet, imagenet"
-     " or image-folder, found 'cifar'; did you mean 'cifar10'?"),
+    ({"data": "{name: cifar}"}, "4: data.name: 'cifar' is none of cifar10, cifar100, digits, eeg, etth1, etth2, ettm1,"
+     " ettm2, image-folder, imagenet, mnist, series-csv, tiny-imagenet; did you mean 'cifar10'?"),
     ({"optimizer": "{name: adamW, lr: 1}"}, "5: optimizer.name: 'adamW' is none of adam, adamw, muon, nag, nesterov,"
      " sgd; did you mean 'adamw'?"),
     # keys
@@ -66,6 +66,24 @@ CASES: list[tuple[dict[str, str], str]] = [
      " found 'accuracy'"),
     ({"run": "{dir: x, best: {metric: eval/loss}}"}, "7: run.best.metric: eval/loss is better when it is lower;"
      " write mode: min"),
+    ({"data": "{name: eeg}"}, "4: data.name: eeg is for series, and the task classify for pictures"),
+    ({"model": "{name: forecaster}"}, "3: model.name: forecaster is for series, and the task classify for pictures"),
+    ({**FORECAST, "model": "{name: mlp}"}, "3: model.name: mlp is for pictures, and the task forecast for series"),
+    ({**FORECAST, "data": "{name: eeg, path: x}"}, "4: data.path: eeg comes with matplotlib and has none; remove the"
+     " line"),
+    ({**FORECAST, "data": "{name: series-csv}"}, "4: data.name: a series-csv needs path: FILE (or source:"
+     " HUB_ID:FILE)"),
+    ({**FORECAST, "data": "{name: ettm2, columns: [OT, OT]}"}, "4: data.columns: OT is named 2 times"),
+    ({**FORECAST, "data": "{name: ettm2, shares: [0.6, 0.4]}"}, "4: data.shares: 0.6 and 0.4 leave one of the three"
+     " parts without rows"),
+    ({**FORECAST, "data": "{name: eeg, augment: [crop]}"}, "4: data.augment: no such key here; known: name, path,"
+     " source, columns, shares, judge, batch, eval_batch, workers"),
+    ({**FORECAST, "model": "{name: forecaster, dim: 12}"}, "3: model.dim: a width of 12 cannot be shared by 8 heads;"
+     " take a multiple of heads"),
+    ({**FORECAST, "model": "{name: forecaster, moving_average: 1}"}, "3: model.moving_average: should be greater than"
+     " or equal to 2, found 1"),
+    ({**FORECAST, "run": "{dir: x, best: {metric: eval/mse}}"}, "7: run.best.metric: eval/mse is better when it is"
+     " lower; write mode: min"),
 ]  # fmt: skip
 
 

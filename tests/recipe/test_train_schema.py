@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from pydantic import ValidationError
-from training_recipes import written
+from training_recipes import FORECAST, written
 
 from ortho_cli.recipe.catalog import any_schema
 from ortho_cli.recipe.train import TrainRecipe, load_train, recipe_data
@@ -28,11 +28,20 @@ MODELS: dict[str, dict[str, Any]] = {
     "vit-b16": {"patch": 16, "depth": 12, "heads": 12, "qkv_bias": True, **VIT},
     "mlp": {"hidden": [64, 64], "base": None},
     "hf-image": {"base": "org/name"},
+    "timm": {"architecture": "resnetrs101", "drop_rate": 0.0, "base": None},
+    "forecaster": {
+        "patch": 8, "depth": 2, "heads": 8, "dim": 512, "mlp_ratio": 4.0, "moving_average": 25, "dropout": 0.0,
+        "base": None,
+    },
 }  # fmt: skip
 DATA = {
     "path": None, "source": None, "batch": 64, "augment": [], "classes": None, "workers": 0, "eval_batch": None,
     "size": None,
 }  # fmt: skip
+SERIES = {
+    "path": None, "source": None, "columns": None, "shares": None, "judge": "test", "batch": 32, "eval_batch": None,
+    "workers": 0,
+}
 DATA_SETS = ["digits", "mnist", "cifar10", "cifar100", "tiny-imagenet", "imagenet", "image-folder"]
 METHODS: dict[str, dict[str, Any]] = {
     "hra": {
@@ -88,7 +97,8 @@ RUN = {
     "log_every": 10, "samples_every": None, "samples_every_steps": None,
 }  # fmt: skip
 REQUIRED = {
-    "hf-image": "base: org/name", "peft": "config: {peft_type: OFT}", "factorized": "rank_scale: 0.1",
+    "hf-image": "base: org/name", "timm": "architecture: resnetrs101", "peft": "config: {peft_type: OFT}",
+    "factorized": "rank_scale: 0.1",
     "normalize": "mode: record", "distill": "teacher: there", "multistep": "at: [1]",
 }  # fmt: skip
 
@@ -112,7 +122,8 @@ def test_the_least_recipe(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_models(tmp_path: Path, name: str) -> None:
-    assert section(written(tmp_path, model=given(name)), "model") == {"name": name, **MODELS[name]}
+    others = FORECAST if name == "forecaster" else {}
+    assert section(written(tmp_path, **{**others, "model": given(name)}), "model") == {"name": name, **MODELS[name]}
 
 
 @pytest.mark.parametrize("name", DATA_SETS)
@@ -120,6 +131,16 @@ def test_data(tmp_path: Path, name: str) -> None:
     where = "path: here" if name == "image-folder" else ""
     expected = {"name": name, **DATA} | ({"path": "here"} if where else {})
     assert section(written(tmp_path, data=given(name, where)), "data") == expected
+
+
+def test_series(tmp_path: Path) -> None:
+    for name in ("etth1", "etth2", "ettm1", "ettm2", "eeg", "series-csv"):
+        where = {"path": "here.csv"} if name == "series-csv" else {}
+        data = given(name, "path: here.csv" if where else "")
+        assert section(written(tmp_path, **{**FORECAST, "data": data}), "data") == {"name": name, **SERIES, **where}
+    assert section(written(tmp_path, **FORECAST), "task") == {
+        "name": "forecast", "input": 96, "horizon": 96, "compat": None,
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -148,7 +169,7 @@ def test_best(tmp_path: Path) -> None:
 
 def test_the_registry_and_the_schema_know_the_same_names() -> None:
     assert set(TABLES["models"]) == set(MODELS)
-    assert set(TABLES["tasks"]) == {"classify"}
+    assert set(TABLES["tasks"]) == {"classify", "forecast"}
     assert set(TABLES["methods"]) <= set(METHODS)
 
 

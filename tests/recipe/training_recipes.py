@@ -9,7 +9,7 @@ import pytest
 from ortho_cli.errors import RecipeError
 from ortho_cli.recipe.train import load_train
 
-__all__ = ["LEAST", "errors", "written"]
+__all__ = ["FORECAST", "LEAST", "errors", "written"]
 
 # One section a line, so that a test knows the line of each: task 2, model 3, data 4, optimizer 5, train 6, run 7.
 LEAST = {
@@ -20,6 +20,9 @@ LEAST = {
     "train": "{epochs: 2}",
     "run": "{dir: runs/x}",
 }
+
+# What of it is otherwise where series are forecast.
+FORECAST = {"task": "{name: forecast}", "model": "{name: forecaster}", "data": "{name: eeg}"}
 
 
 def written(folder: Path, more: str = "", **sections: str) -> Path:
