@@ -109,8 +109,9 @@ def _leading_rows(matrix: Tensor, rank: int) -> Tensor:
     """Orthonormal `(in, rank)`, float64: the span of the leading right singular vectors."""
     if rank == 0:
         return matrix.new_zeros(matrix.shape[1], 0, dtype=torch.float64)
-    if prefers_subspace(*matrix.shape, rank, TOLERANCE):
-        tall = matrix.shape[0] >= matrix.shape[1]
+    height, width = matrix.shape
+    if prefers_subspace(height, width, rank, TOLERANCE):
+        tall = height >= width
         basis, product = leading_subspace(matrix if tall else matrix.mT, rank)
         rows = basis if tall else product
     else:
@@ -132,4 +133,5 @@ def _planes_that_move(start: Tensor, found: LowRankRotation, count: int) -> Tens
     seen = (start @ columns.flatten(1).to(start.dtype)).view(start.shape[0], *columns.shape[1:])
     moved = (planes.angles / 2).sin() * seen.double().square().sum((0, 2)).sqrt()
     kept = moved.argsort(descending=True, stable=True)[:count]
-    return torch.linalg.qr(columns[:, kept].flatten(1)).Q
+    span: Tensor = torch.linalg.qr(columns[:, kept].flatten(1)).Q
+    return span
