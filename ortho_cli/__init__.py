@@ -40,7 +40,9 @@ _API = {
     "load_adapter": "methods.load",
     "load_factorized": "methods.load_factorized",
     "merge": "surgery.merge",
+    "nog_": "methods.nog",
     "oialr": "methods.oialr_model",
+    "olr": "linalg.olr",
     "open_checkpoint": "checkpoints.store",
     "orthogonality_penalty": "methods.orthogonality",
     "parse_hub_id": "checkpoints.hub",
@@ -53,7 +55,8 @@ __all__ = [
     "Adapter", "Checkpoint", "CheckpointError", "NumericsError", "OrthoError", "OutputError", "RecipeError", "Report",
     "TargetError", "TensorReader", "UsageError", "add_adapter", "add_hra", "convert", "diff", "disable_adapter",
     "factorize", "factorize_", "frobenius_decay_", "gor_penalty", "inspect", "load_adapter", "load_factorized", "merge",
-    "oialr", "open_checkpoint", "orthogonality_penalty", "parse_hub_id", "read_adapter", "save_adapter", "stability",
+    "nog_", "oialr", "olr", "open_checkpoint", "orthogonality_penalty", "parse_hub_id", "read_adapter", "save_adapter",
+    "stability",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -62,6 +65,7 @@ if TYPE_CHECKING:
     from .checkpoints.reading import TensorReader
     from .checkpoints.store import Checkpoint, open_checkpoint
     from .errors import CheckpointError, NumericsError, OrthoError, OutputError, RecipeError, TargetError, UsageError
+    from .linalg.olr import olr
     from .linalg.subspace import stability
     from .methods.adapter_folder import save_adapter
     from .methods.adapter_layer import disable_adapter
@@ -71,6 +75,7 @@ if TYPE_CHECKING:
     from .methods.gor import gor_penalty
     from .methods.load import load_adapter
     from .methods.load_factorized import load_factorized
+    from .methods.nog import nog_
     from .methods.oialr_model import oialr
     from .methods.orthogonality import orthogonality_penalty
     from .surgery.add_hra import add_hra

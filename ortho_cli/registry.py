@@ -62,6 +62,11 @@ TABLES: dict[str, dict[str, str]] = {
         "distill": "ortho_cli.methods.distill:DistillMethod",
         "oialr": "ortho_cli.methods.oialr:OIALRMethod",
         "track_stability": "ortho_cli.methods.track_stability:TrackStabilityMethod",
+        "nog": "ortho_cli.methods.nog:NOGMethod",
+        "olr": "ortho_cli.methods.olr:OLRMethod",
+        "soc": "ortho_cli.methods.skew_conv:SOCMethod",
+        "spectral_norm": "ortho_cli.methods.spectral_norm:SpectralNormMethod",
+        "orthogonal_loss": "ortho_cli.methods.orthogonal_loss:OrthogonalLossMethod",
     },
 }
 

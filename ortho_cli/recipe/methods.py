@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from ortho_cli.recipe.method_section import AutoTargets, Exclude, MethodSection, OwnRate
+from ortho_cli.recipe.methods_gradient import NOG, OLR, SOC, OrthogonalLoss, SpectralNorm
 from ortho_cli.recipe.methods_oialr import OIALR, TrackStability
 from ortho_cli.recipe.models import Model
 from ortho_cli.recipe.section import Count, NotNegative, Patterns, Positive, Rejection, Share, Text
@@ -19,8 +20,11 @@ from ortho_cli.recipe.section import Count, NotNegative, Patterns, Positive, Rej
 __all__ = [
     "GOR",
     "HRA",
+    "NOG",
     "OIALR",
+    "OLR",
     "PEFT",
+    "SOC",
     "Distill",
     "Factorized",
     "FrobeniusDecay",
@@ -28,6 +32,8 @@ __all__ = [
     "Method",
     "MethodSection",
     "Normalize",
+    "OrthogonalLoss",
+    "SpectralNorm",
     "TrackStability",
 ]
 
@@ -237,6 +243,7 @@ class Distill(MethodSection):
 
 
 Method = Annotated[
-    HRA | LoRA | GOR | PEFT | Factorized | FrobeniusDecay | Normalize | Distill | OIALR | TrackStability,
+    HRA | LoRA | GOR | PEFT | Factorized | FrobeniusDecay | Normalize | Distill | OIALR | TrackStability
+    | NOG | OLR | SOC | SpectralNorm | OrthogonalLoss,
     Field(discriminator="name"),
-]
+]  # fmt: skip

@@ -71,6 +71,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "distill": {
         "teacher": "there", "model": None, "temperature": 4.0, "alpha": 0.9, "attention": [], "beta": 1000.0,
     },
+    "nog": {"targets": ["conv1"], "exclude": [], "order": "before", "polar": "auto"},
+    "olr": {"targets": ["conv1"], "exclude": [], "floor": 0.0},
+    "soc": {"targets": ["conv1"], "exclude": [], "terms": 5, "eval_terms": 10},
+    "spectral_norm": {"targets": ["conv1"], "exclude": [], "iterations": 1},
+    "orthogonal_loss": {"targets": ["conv1"], "exclude": [], "penalty": 1.0, "penalty_form": "norm"},
     "frobenius_decay": {
         "penalty": 1e-4, "targets": ["**"], "exclude": [], "attention": False, "of": "product", "form": "auto",
     },
@@ -99,6 +104,7 @@ RUN = {
 REQUIRED = {
     "hf-image": "base: org/name", "timm": "architecture: resnetrs101", "peft": "config: {peft_type: OFT}",
     "factorized": "rank_scale: 0.1",
+    **dict.fromkeys(("nog", "olr", "soc", "spectral_norm", "orthogonal_loss"), "targets: [conv1]"),
     "normalize": "mode: record", "distill": "teacher: there", "multistep": "at: [1]",
 }  # fmt: skip
 
