@@ -1,45 +1,98 @@
-"""From an adapted layer to the tensors that another dialect stores: reflections as they are, or the exact B and A."""
+"""From an adapted layer to the tensors that another dialect stores: reflections, or the exact B and A.
+
+At strength 1 as they are stored; at another, those of the operator's power, in as many columns as before.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from ortho_cli.checkpoints import layouts
 from ortho_cli.checkpoints.adapters import Adapter, AdapterLayer
 from ortho_cli.checkpoints.dialects.kinds import dimensions
 from ortho_cli.checkpoints.reading import TensorReader, row_blocks
+from ortho_cli.checkpoints.store import Checkpoint
 from ortho_cli.checkpoints.tensors import TensorInfo
 from ortho_cli.errors import TargetError, UsageError
 
 from .adapter_folder import Factor
+from .strengths import Strengths
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["NamedLayer", "lora_factors", "reflection_factor"]
+    from ortho_cli.linalg.operator import Operator
+
+__all__ = ["NamedLayer", "is_span", "kernel_of", "lora_factors", "reflection_factor", "with_strengths"]
 
 
 @dataclass(frozen=True)
 class NamedLayer:
-    """One layer under way: its canonical name, what acts on it, and its weight where a base is given."""
+    """One layer under way: its canonical name, what acts on it, its weight where a base is given, and its strength.
+
+    `spanned` says that a Gram-Schmidt layer may stay one: none of the adapter's has another strength than 1.
+    """
 
     name: str
     canonical: str
     layer: AdapterLayer
     weight: TensorInfo | None
+    strength: float = 1.0
+    spanned: bool = True
 
 
-def reflection_factor(layer: AdapterLayer) -> Factor:
-    """The vectors ``(in, r)`` of a Householder layer, as they are stored."""
-    info = layer.tensors["vectors"]
+def with_strengths(layers: Sequence[NamedLayer], base: Checkpoint | None, values: Sequence[str]) -> list[NamedLayer]:
+    """The layers at the strengths of `--strength`, whose patterns are in the base's naming or in canonical names.
+
+    Raises:
+        TargetError: a pattern matches no layer.
+        UsageError: a value that is no finite number.
+    """
+    shapes: dict[str, tuple[int, ...]] = {}
+    for layer in layers:
+        rows, columns = dimensions(layer.layer)
+        shapes[_called(layer)] = layer.weight.shape if layer.weight else (rows or 0, columns or 0)
+    given = Strengths(values=tuple(values)).by_layer(shapes, base.layout if base is not None else "plain")
+    whole = all(value == 1 for value in given.values())
+    return [replace(layer, strength=given[_called(layer)], spanned=whole) for layer in layers]
+
+
+def _called(layer: NamedLayer) -> str:
+    own = layer.weight.name if layer.weight else layer.canonical
+    return own.removesuffix(".weight").removesuffix(".fixed_linear")
+
+
+def is_span(layer: NamedLayer) -> bool:
+    """Whether the vectors that `reflection_factor` gives stand for the reflection of all of their span."""
+    return layer.spanned and bool(layer.layer.options.get("gram_schmidt"))
+
+
+def reflection_factor(adapter: Adapter, layer: NamedLayer) -> Factor:
+    """The vectors ``(in, r)`` of a Householder layer: as they are stored, or those of its power."""
+    info = layer.layer.tensors["vectors"]
+    plain = not layer.layer.options.get("gram_schmidt") or layer.spanned
 
     def make() -> Tensor:
-        with TensorReader() as reader:
-            return reader.read_copy(info)
+        if layer.strength == 1 and plain:
+            with TensorReader() as reader:
+                return reader.read_copy(info)
+        return _turned(adapter.operator(layer.name, "float64"), layer.strength)
 
     return Factor(info.shape, make)
+
+
+def _turned(operator: Operator, strength: float) -> Tensor:
+    """Vectors of a chain's power, as many as the chain has: what is left over is pairs that cancel."""
+    import torch
+
+    from ortho_cli.linalg.householder import Householder
+
+    assert isinstance(operator, Householder)
+    found = operator.rotation().power(strength).reflections()
+    pairs = operator.vectors[:, :1].expand(-1, operator.rank - found.shape[1])
+    return torch.cat([found, pairs / torch.linalg.vector_norm(pairs, dim=0)], dim=1)
 
 
 def lora_factors(adapter: Adapter, layer: NamedLayer) -> tuple[Factor, Factor]:
@@ -63,7 +116,7 @@ def lora_factors(adapter: Adapter, layer: NamedLayer) -> tuple[Factor, Factor]:
     rank = layer.layer.rank if layer.layer.kind in ("hra", "lora") else adapter.operator(layer.name).rank
     if rank is None:
         raise TargetError(f"layer {layer.name} ({layer.layer.kind}) has full rank; a LoRA would be no smaller than it")
-    kernel = _kernel(layer)
+    kernel = kernel_of(layer)
     up_shape = (rows, rank) if not kernel else (rows, rank, 1, 1)
     down_shape = (rank, columns) if not kernel else (rank, columns // (kernel[0] * kernel[1]), *kernel)
     up = Factor(up_shape, lambda: _up(adapter, layer, rows, columns).reshape(up_shape))
@@ -71,7 +124,7 @@ def lora_factors(adapter: Adapter, layer: NamedLayer) -> tuple[Factor, Factor]:
     return up, down
 
 
-def _kernel(layer: NamedLayer) -> tuple[int, ...]:
+def kernel_of(layer: NamedLayer) -> tuple[int, ...]:
     """Kernel size of a convolution, () for a Linear layer."""
     if layer.weight is not None:
         return layouts.canonical_shape(f"{layer.canonical}.weight", layer.weight.shape)[2:]
@@ -91,15 +144,24 @@ def _down(adapter: Adapter, layer: NamedLayer, rows: int, columns: int) -> Tenso
     return next(down for _, down in _low_rank(adapter, layer, rows, columns))
 
 
+def _padded(up: Tensor, down: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:
+    """Factors of the rank that was planned from headers; a chain may span less."""
+    from torch.nn.functional import pad
+
+    more = max((rank or 0) - down.shape[0], 0)
+    return pad(up, (0, more)), pad(down, (0, 0, 0, more))
+
+
 def _low_rank(adapter: Adapter, layer: NamedLayer, rows: int, columns: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Rows of B, and A, in float64, from blocks of the weight's rows where the operator multiplies by it."""
     import torch
 
-    operator = adapter.operator(layer.name, "float64")
+    whole = adapter.operator(layer.name, "float64")
+    operator = whole if layer.strength == 1 else whole.power(layer.strength)
     if layer.weight is None:
         yield operator.as_low_rank(torch.zeros((), dtype=torch.float64).expand(rows, columns))
         return
     with TensorReader() as reader:
         for block in row_blocks(layer.weight, operator.row_multiple):
             weight = reader.read(layer.weight, block).to(torch.float64).reshape(block.stop - block.start, columns)
-            yield operator.as_low_rank(weight, block.start)
+            yield _padded(*operator.as_low_rank(weight, block.start), whole.rank)

@@ -1,13 +1,14 @@
 """Adapters from one dialect to another: names through the tables, factors through the operators.
 
-A Householder adapter is exactly a LoRA of rank r on its own base: ``A = V^T``, ``B = -W V T``. Nothing is approximated
-here; what has no exact form in the other dialect is refused with the reason.
+A Householder adapter is exactly a LoRA of rank r on its own base: ``A = V^T``, ``B = -W V T``; at a strength, it is
+another Householder adapter. Nothing is approximated here; what has no exact form in the other dialect is refused with
+the reason.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +24,7 @@ from ortho_cli.checkpoints.store import Checkpoint
 from ortho_cli.checkpoints.writer import Piece
 from ortho_cli.errors import CheckpointError, TargetError, UsageError
 
-from .adapter_factors import NamedLayer, lora_factors, reflection_factor
+from .adapter_factors import NamedLayer, is_span, lora_factors, reflection_factor, with_strengths
 from .adapter_folder import AdapterFiles, Factor, by_component, hra_folder, lora_configs, lora_folder
 from .fit import check_base, input_files
 from .plan import OutputFile, Plan, provenance
@@ -34,19 +35,27 @@ if TYPE_CHECKING:
 __all__ = ["ADAPTER_DIALECTS", "named_layers", "plan_convert_adapter", "refuse_leftovers"]
 
 ADAPTER_DIALECTS = ("peft-hra", "peft-lora", "kohya-lora", "diffusers-lora")
+SPAN_KEYS = ("gram_schmidt", "start", "apply_GS")  # of `ortho.method`, about the Gram-Schmidt variant
 LORA_KINDS = ("hra", "lora", "loha", "lokr")
 
 
 def plan_convert_adapter(
-    adapter: Adapter, output: Path, to: str, base: Checkpoint | None, *, force_base: bool = False
+    adapter: Adapter,
+    output: Path,
+    to: str,
+    base: Checkpoint | None,
+    *,
+    strength: Sequence[str] = (),
+    force_base: bool = False,
 ) -> Plan:
-    """Plan the conversion of an adapter to another dialect.
+    """Plan the conversion of an adapter to another dialect, or another strength.
 
     Args:
         adapter: any readable adapter.
         output: a folder for PEFT, ``X.safetensors`` for kohya, either for diffusers.
         to: one of `ADAPTER_DIALECTS`.
         base: needed where values of the weights enter (HRA to LoRA); otherwise only its names are used.
+        strength: as for `merge`; of a Householder adapter the power, again of its rank.
         force_base: convert although the fingerprint says another base.
 
     Raises:
@@ -56,12 +65,12 @@ def plan_convert_adapter(
     _check_output(output, to)
     _check_kinds(adapter, to)
     notes = list(adapter.notes)
-    layers = named_layers(adapter, base, notes.append, force_base=force_base)
+    layers = with_strengths(named_layers(adapter, base, notes.append, force_base=force_base), base, strength)
     refuse_leftovers(adapter, to)
     native = [
         layer.weight.name.removesuffix(".weight").removesuffix(".fixed_linear") for layer in layers if layer.weight
     ]
-    metadata = _metadata(adapter, to, base, base_fingerprint(base, native) if base is not None else None)
+    metadata = _metadata(adapter, to, base, base_fingerprint(base, native) if base is not None else None, strength)
     files = _written(adapter, layers, to, base, metadata, output)
     plan = Plan("convert", input_files(base, [adapter]), output, files.files)
     plan.texts, plan.notes = files.texts, notes + files.notes
@@ -75,6 +84,7 @@ def plan_convert_adapter(
             "kind": layer.layer.kind,
             "rank": layer.layer.rank,
             "parameters": layer.layer.parameters,
+            **({"strength": layer.strength} if strength else {}),
         }
         for layer in layers
     ]
@@ -157,16 +167,21 @@ def named_layers(
     return [NamedLayer(name, name, layer, None) for name, layer in adapter.layers.items()]
 
 
-def _metadata(adapter: Adapter, to: str, base: Checkpoint | None, fingerprint: str | None) -> dict[str, str]:
+def _metadata(
+    adapter: Adapter, to: str, base: Checkpoint | None, fingerprint: str | None, strength: Sequence[str]
+) -> dict[str, str]:
     method: dict[str, object] = dict(adapter.method) or {"name": adapter.kind}
     method.pop("added", None)  # said of the checkpoint the adapter was in
+    if strength:  # a power of a Gram-Schmidt adapter is a plain chain, without a frozen start
+        method = {key: value for key, value in method.items() if key not in SPAN_KEYS}
     recorded = adapter.metadata.get("ortho.base_fingerprint")
     if to != "peft-hra" and "hra" in adapter.kind:
         method |= {"name": "hra", "form": "lora", "base_bound": True}
     elif base_bound(adapter):
         method["base_bound"] = True
     inputs = [adapter.source.rstrip("/")]
-    options: dict[str, object] = {"to": to, "base": Path(base.source.rstrip("/")) if base is not None else None}
+    named_base = Path(base.source.rstrip("/")) if base is not None else None
+    options: dict[str, object] = {"to": to, "base": named_base, "strength": list(strength)}
     return provenance("convert", inputs, options, method=method, fingerprint=fingerprint or recorded)
 
 
@@ -179,15 +194,15 @@ def _written(
     output: Path,
 ) -> AdapterFiles:
     if to == "peft-hra":
-        gram_schmidt = {bool(layer.layer.options.get("gram_schmidt")) for layer in layers}
+        gram_schmidt = {is_span(layer) for layer in layers}
         if len(gram_schmidt) > 1:
             raise TargetError("some layers are Gram-Schmidt and some are not; PEFT has one setting for all")
-        vectors = {layer.canonical: reflection_factor(layer.layer) for layer in layers}
+        vectors = {layer.canonical: reflection_factor(adapter, layer) for layer in layers}
         return hra_folder(vectors, base, metadata, gram_schmidt=gram_schmidt.pop())
     factors = {layer.canonical: lora_factors(adapter, layer) for layer in layers}
     if to == "peft-lora":
         folder = lora_folder(factors, base, metadata)
-        folder.files += _raw_vectors(layers, metadata)
+        folder.files += _raw_vectors(adapter, layers, metadata)
         return folder
     strange = [name for name in factors if layouts.component_name(name)[0] not in COMPONENTS]
     if to == "diffusers-lora" and strange:
@@ -206,18 +221,18 @@ def _written(
     return AdapterFiles([OutputFile(name, pieces, {"format": "pt", **extra, **metadata})])
 
 
-def _raw_vectors(layers: list[NamedLayer], metadata: dict[str, str]) -> list[OutputFile]:
+def _raw_vectors(adapter: Adapter, layers: list[NamedLayer], metadata: dict[str, str]) -> list[OutputFile]:
     """The vectors beside a LoRA export, where PEFT's HRA cannot hold them: ortho resumes from these."""
     found = {(layer.layer.options.get("side", "input"), layer.layer.options.get("eps", 0.0)) for layer in layers}
     if any(layer.layer.kind != "hra" for layer in layers) or len(found) > 1 or found == {("input", 0.0)}:
         return []
     side, eps = found.pop()
-    apply_gs = any(layer.layer.options.get("gram_schmidt") for layer in layers)
+    apply_gs = any(is_span(layer) for layer in layers)
     method = json.dumps({"name": "hra", "side": side, "eps": eps, "apply_GS": apply_gs}, sort_keys=True)
-    named = {layer.canonical: layer.layer for layer in layers}
+    named = {layer.canonical: layer for layer in layers}
     files = []
     for component, group in by_component(named).items():
-        pieces = [reflection_factor(named[name]).piece(f"{peft_name(name)}.hra_u") for name in group]
+        pieces = [reflection_factor(adapter, named[name]).piece(f"{peft_name(name)}.hra_u") for name in group]
         relative = f"{component}/{RAW_VECTORS}" if component else RAW_VECTORS
         files.append(OutputFile(relative, pieces, {"format": "pt", **metadata, "ortho.method": method}))
     return files

@@ -11,7 +11,7 @@ from ortho_cli.checkpoints.adapters import read_adapter
 from ortho_cli.checkpoints.store import Checkpoint
 from ortho_cli.errors import TargetError, UsageError
 
-from .adapter_factors import NamedLayer, reflection_factor
+from .adapter_factors import NamedLayer, is_span, reflection_factor, with_strengths
 from .add_hra import plan_add_hra
 from .convert_adapter import named_layers, refuse_leftovers
 from .fit import input_files
@@ -20,7 +20,7 @@ from .plan import OutputFile, Plan, provenance
 __all__ = ["plan_hra_repo"]
 
 
-def plan_hra_repo(source: Path, output: Path, base: Checkpoint | None) -> Plan:
+def plan_hra_repo(source: Path, output: Path, base: Checkpoint | None, strength: Sequence[str] = ()) -> Plan:
     """A Householder adapter and its base as the HRA authors' strict loader wants them, on all 144 layers.
 
     Layers the adapter leaves alone get column pairs that cancel, so that the set is complete.
@@ -34,7 +34,7 @@ def plan_hra_repo(source: Path, output: Path, base: Checkpoint | None) -> Plan:
         raise UsageError("--to hra-repo writes a whole checkpoint", hint="add --base V1-5-FILE")
     adapter = read_adapter(source)
     notes = list(adapter.notes)
-    layers = named_layers(adapter, base, notes.append)
+    layers = with_strengths(named_layers(adapter, base, notes.append), base, strength)
     refuse_leftovers(adapter, "the authors' checkpoint")
     rank, apply_gs = _repo_method(layers)
     plan = plan_add_hra(base, output, rank=rank, layout="hra-repo")
@@ -44,7 +44,7 @@ def plan_hra_repo(source: Path, output: Path, base: Checkpoint | None) -> Plan:
             "with --hra_apply_GS the authors' code would reflect the other layers too"
         )
     index = layouts.LayerIndex(base.layers(), base.layout)
-    given = {f"{index.resolve(layer.canonical)}.hra_u": reflection_factor(layer.layer) for layer in layers}
+    given = {f"{index.resolve(layer.canonical)}.hra_u": reflection_factor(adapter, layer) for layer in layers}
     strangers = given.keys() - {piece.name for file in plan.files for piece in file.pieces}
     if strangers:
         raise TargetError(f"the authors' loader has no place for an adapter on {sorted(strangers)[0]}")
@@ -52,7 +52,7 @@ def plan_hra_repo(source: Path, output: Path, base: Checkpoint | None) -> Plan:
     metadata = provenance(
         "convert",
         [adapter.source.rstrip("/")],
-        {"to": "hra-repo", "base": Path(base.source.rstrip("/"))},
+        {"to": "hra-repo", "base": Path(base.source.rstrip("/")), "strength": list(strength)},
         method={"name": "hra", **adapter.method, "rank": rank, "apply_GS": apply_gs, "added": added},
     )
     plan.files = [
@@ -82,7 +82,7 @@ def _repo_method(layers: Sequence[NamedLayer]) -> tuple[int, bool]:
     ranks = sorted({layer.layer.rank or 0 for layer in layers})
     if len(ranks) > 1 or ranks[0] % 2:
         raise TargetError(f"the authors' loader takes one even rank for all layers; found {', '.join(map(str, ranks))}")
-    apply_gs = {bool(layer.layer.options.get("gram_schmidt")) for layer in layers}
+    apply_gs = {is_span(layer) for layer in layers}
     if len(apply_gs) > 1:
         raise TargetError("some layers are Gram-Schmidt and some are not; the authors' code has one setting for all")
     return ranks[0], apply_gs.pop()

@@ -25,10 +25,6 @@ if TYPE_CHECKING:
 __all__ = ["AddTo", "Fold", "Operate", "Replace", "ReplaceRows", "Step", "cast_blocks"]
 
 
-# An angle this close to pi is a half turn: which plane it turns is a choice, and so is everything between 0 and it.
-HALF_TURN = pi - 1e-6
-
-
 class Acting(NamedTuple):
     """A step with what it needs in memory: how it changes a block, and the multiple of rows its blocks must have.
 
@@ -69,11 +65,13 @@ class Operate:
     brings: None = None
 
     def prepare(self, compute: torch.dtype) -> Acting:
+        from ortho_cli.linalg.planes import HALF_TURN
+
         whole = self.adapter.operator(self.layer, str(compute).removeprefix("torch."))
         operator = whole if self.strength == 1 else whole.power(self.strength)
         operator = operator.inverse() if self.undo else operator
         angles = whole.angles() if self.strength % 1 else None
-        split = angles is not None and bool((angles >= HALF_TURN).any())
+        split = angles is not None and bool((angles > pi - HALF_TURN).any())
         return Acting(operator.row_multiple, operator.apply, operator, split)
 
 

@@ -220,3 +220,14 @@ def test_loha_with_its_base_becomes_an_exact_lora(base: Path, tmp_path: Path) ->
     merge(base, [source], tmp_path / "wanted")
     merge(base, [tmp_path / "lora"], tmp_path / "found")
     diff(tmp_path / "wanted", tmp_path / "found", fail_above=1e-6)
+
+
+@pytest.mark.parametrize("form", LORA_FORMS)
+def test_another_strength_in_every_form(base: Path, hra: Path, tmp_path: Path, form: str) -> None:
+    strength = [0.4, "**.attn1.**=0.9", f"{TEXT}=0"]
+    convert(hra, output(tmp_path, form), form, base=base, strength=strength)
+    merge(base, hra, tmp_path / "wanted", strength=strength, exact=True)
+    merge(base, output(tmp_path, form), tmp_path / "found", exact=True)
+    found = read(tmp_path / "found")
+    for name, tensor in read(tmp_path / "wanted").items():
+        assert relative_error(found[name], tensor) < 2e-6, name
