@@ -67,6 +67,8 @@ TABLES: dict[str, dict[str, str]] = {
         "soc": "ortho_cli.methods.skew_conv:SOCMethod",
         "spectral_norm": "ortho_cli.methods.spectral_norm:SpectralNormMethod",
         "orthogonal_loss": "ortho_cli.methods.orthogonal_loss:OrthogonalLossMethod",
+        "whiten": "ortho_cli.methods.whiten:WhitenMethod",
+        "track_conditioning": "ortho_cli.methods.track_conditioning:TrackConditioningMethod",
     },
 }
 

@@ -47,7 +47,8 @@ def sqrtm(matrix: Tensor, *, ridge: float = 0.0, method: str = "eigh", iteration
 
     Raises:
         TargetError: not square matrices.
-        NumericsError: values that are not finite; the other methods than "eigh" look at none, and return such.
+        NumericsError: no eigenvalues were found, as of values that are not finite. Not every LAPACK looks, and the
+            other methods do not: their roots of such values are not finite.
         UsageError: no such method.
 
     Cost: "eigh" about `11 n^3` multiply-adds, and `4 n^3` in backward; "mpa" `6 n^3` and `48 n^3`.
@@ -89,7 +90,9 @@ def _root(matrix: Tensor, ridge: float, method: str, iterations: int, inverse: b
             steps = iterations if method == "newton-schulz" else None
             root = _Iterated.apply(matrix, steps, inverse)  # type: ignore[no-untyped-call]
     except LinAlgError as error:
-        raise NumericsError(f"a matrix of shape {tuple(matrix.shape)} to take the root of is not finite") from error
+        raise NumericsError(
+            f"no eigenvalues of a matrix of shape {tuple(matrix.shape)} were found: is it finite?"
+        ) from error
     return root
 
 
@@ -99,8 +102,6 @@ class _Spectral(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, matrix: Tensor, ridge: float, inverse: bool) -> Tensor:
         values, vectors = torch.linalg.eigh(matrix)
-        if not bool(values.isfinite().all()):  # not every LAPACK says so
-            raise LinAlgError
         roots = (values.clamp_min(0) + ridge).sqrt()
         if inverse and not ridge and not bool((roots > 0).all()):
             raise NumericsError(

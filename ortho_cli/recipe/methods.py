@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from ortho_cli.recipe.method_section import AutoTargets, Exclude, MethodSection, OwnRate
+from ortho_cli.recipe.methods_conditioning import TrackConditioning, Whiten
 from ortho_cli.recipe.methods_gradient import NOG, OLR, SOC, OrthogonalLoss, SpectralNorm
 from ortho_cli.recipe.methods_oialr import OIALR, TrackStability
 from ortho_cli.recipe.models import Model
@@ -34,7 +35,9 @@ __all__ = [
     "Normalize",
     "OrthogonalLoss",
     "SpectralNorm",
+    "TrackConditioning",
     "TrackStability",
+    "Whiten",
 ]
 
 
@@ -244,6 +247,7 @@ class Distill(MethodSection):
 
 Method = Annotated[
     HRA | LoRA | GOR | PEFT | Factorized | FrobeniusDecay | Normalize | Distill | OIALR | TrackStability
-    | NOG | OLR | SOC | SpectralNorm | OrthogonalLoss,
+    | NOG | OLR | SOC | SpectralNorm | OrthogonalLoss
+    | Whiten | TrackConditioning,
     Field(discriminator="name"),
 ]  # fmt: skip

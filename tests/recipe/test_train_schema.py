@@ -68,6 +68,10 @@ METHODS: dict[str, dict[str, Any]] = {
         "share": 0.1, "moments": "rotate", "lora_rank": None, "lora_energy": None,
     },
     "track_stability": {"every": 200, "lag": 1, "targets": "auto"},
+    "whiten": {
+        "targets": "auto", "exclude": [], "groups": 1, "ridge": 0.01, "momentum": 0.1, "solver": "eigh", "compat": None,
+    },
+    "track_conditioning": {"targets": "auto", "exclude": [], "every": 10, "of": "auto", "ridge": None},
     "distill": {
         "teacher": "there", "model": None, "temperature": 4.0, "alpha": 0.9, "attention": [], "beta": 1000.0,
     },
