@@ -131,6 +131,7 @@ VERBS = [
     ["doctor"], ["demo"],
     ["bench"], ["bench", "surgery"], ["bench", "gor"], ["bench", "hra"],
     ["bench", "frobenius"], ["bench", "factorize"], ["bench", "polar"], ["bench", "stability"], ["bench", "oialr"],
+    ["bench", "nog"],
     ["analyze"], ["analyze", "runs"], ["analyze", "spectrum"], ["analyze", "stability"],
     ["analyze", "orthogonality"], ["analyze", "adapter"],
     ["recipe"], ["recipe", "list"], ["recipe", "show"], ["recipe", "check"], ["recipe", "schema"], ["recipe", "copy"],

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from ortho_cli.cli.bench_bases import bench_polar, bench_stability
+from ortho_cli.cli.bench_bases import bench_nog, bench_polar, bench_stability
 from ortho_cli.cli.completion import presets, words
 from ortho_cli.cli.options import JsonOption
 from ortho_cli.errors import UsageError, check_choice
@@ -260,4 +260,5 @@ def bench_oialr(
 
 
 app.command("polar")(bench_polar)
+app.command("nog")(bench_nog)
 app.command("stability")(bench_stability)

@@ -1,4 +1,4 @@
-"""`ortho bench polar` and `ortho bench stability`: decompositions, and whole reports made of them."""
+"""`ortho bench polar`, `nog` and `stability`: decompositions, gradients made of them, and whole reports."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import typer
 from ortho_cli.cli.options import JsonOption
 from ortho_cli.errors import UsageError
 
-__all__ = ["bench_polar", "bench_stability"]
+__all__ = ["bench_nog", "bench_polar", "bench_stability"]
 
 
 def bench_polar(
@@ -28,19 +28,41 @@ def bench_polar(
 
     Example: ortho bench polar --shapes 1024x1024 --condition 1e5
     """
-    from ortho_cli.cli.show import console_out, print_json, table
-    from ortho_cli.methods.polar_benchmark import measure_polar
+    settings = {"condition": condition, "rounds": rounds, "threads": threads, "device": device}
+    _show_polar("polar", shapes, settings, as_json)
 
-    settings: dict[str, Any] = {"condition": condition, "rounds": rounds, "threads": threads, "device": device}
-    found = list(measure_polar(_shapes(shapes), **settings))
+
+def bench_nog(
+    shapes: Annotated[
+        str, typer.Option("--shapes", metavar="MxN,...", help="Of the gradients.")
+    ] = "64x576,30x16384,6x524288,512x4608",
+    condition: Annotated[float, typer.Option("--condition", min=1, help="Of the gradients.")] = 1e2,
+    rounds: Annotated[int, typer.Option("--rounds", min=1, help="Each form runs this often, shuffled.")] = 15,
+    threads: Annotated[int, typer.Option("--threads", min=1, help="CPU threads.")] = 1,
+    device: Annotated[str, typer.Option("--device", help="Where the gradients are, e.g. cuda.")] = "cpu",
+    as_json: JsonOption = False,
+) -> None:
+    """The nearest orthogonal gradient of the paper's layers, in time and error, against a float32 SVD.
+
+    Example: ortho bench nog --shapes 64x27,512x512
+    """
+    settings = {"condition": condition, "rounds": rounds, "threads": threads, "device": device}
+    _show_polar("nog", shapes, settings, as_json)
+
+
+def _show_polar(command: str, shapes: str, settings: dict[str, Any], as_json: bool) -> None:
+    from ortho_cli.cli.show import console_out, print_json, table
+    from ortho_cli.methods.polar_benchmark import NOG, ROUTES, measure_polar
+
+    found = list(measure_polar(_shapes(shapes), forms=NOG if command == "nog" else ROUTES, **settings))
     if as_json:
-        print_json({"command": "bench polar", **settings, "details": [each.as_dict() for each in found]})
+        print_json({"command": f"bench {command}", **settings, "details": [each.as_dict() for each in found]})
         return
     rows = [
         (
             "x".join(map(str, each.shape)),
             each.name,
-            f"{each.median * 1e3:.1f}",
+            f"{each.median * 1e3:.2f}",
             f"{each.speedup:.2f}",
             f"{each.error:.1e}",
         )

@@ -1,8 +1,8 @@
-"""Time the routes to the polar factor of a weight, beside a float32 SVD, with the error of each."""
+"""Time the routes to the polar factor of a weight or a gradient, beside a float32 SVD, with the error of each."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from math import log10, sqrt
@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ortho_cli.linalg.nog import nearest_orthogonal
 from ortho_cli.linalg.polar import METHODS, polar_factor
 
 from .side_by_side import Timing, check_device, shuffled_rounds, threads_of
 
-__all__ = ["PLAIN", "PolarTiming", "measure_polar", "weight_of"]
+__all__ = ["NOG", "PLAIN", "ROUTES", "PolarTiming", "measure_polar", "weight_of"]
 
 PLAIN = "torch.linalg.svd, float32"
 
@@ -33,18 +34,31 @@ class PolarTiming(Timing):
         return super().as_dict() | {"shape": list(self.shape), "speedup": self.speedup, "error": self.error}
 
 
+def _route(weight: Tensor, route: str) -> Tensor:
+    return polar_factor(weight, method=route).factor
+
+
+Forms = Mapping[str, Callable[[Tensor], Tensor]]
+ROUTES: Forms = {route: partial(_route, route=route) for route in METHODS[1:]}
+"""What `polar_factor` can do: the factor, with its error and how it was found."""
+NOG: Forms = {"nearest_orthogonal": nearest_orthogonal}
+"""What a gradient is replaced by in every step: the factor and nothing else."""
+
+
 def measure_polar(
     shapes: Sequence[tuple[int, int]],
     *,
+    forms: Forms = ROUTES,
     condition: float = 1e3,
     rounds: int = 5,
     threads: int = 1,
     device: str = "cpu",
 ) -> Iterator[PolarTiming]:
-    """Time every route at every shape, in shuffled rounds; the plain form first.
+    """Time every form at every shape, in shuffled rounds; the plain one first.
 
     Args:
         shapes: of the weights.
+        forms: `ROUTES` or `NOG`.
         condition: of the weights; their singular values fall evenly in decades.
         rounds: how often.
         threads: of the CPU; `ortho analyze stability` gives each layer one.
@@ -60,10 +74,9 @@ def measure_polar(
             weight = exact.float().to(device)
             left, _, right = torch.linalg.svd(weight.double().cpu(), full_matrices=False)
             exact = left @ right
-            forms: dict[str, Callable[[], Tensor]] = {PLAIN: partial(_plain, weight)}
-            forms |= {route: partial(_route, weight, route) for route in METHODS[1:]}
-            made = {name: form().double().cpu() for name, form in forms.items()}  # warm
-            timed = shuffled_rounds(forms, rounds, device)
+            calls = {name: partial(form, weight) for name, form in {PLAIN: _plain, **forms}.items()}
+            made = {name: call().double().cpu() for name, call in calls.items()}  # warm
+            timed = shuffled_rounds(calls, rounds, device)
             base = timed[PLAIN].median
             for name, timing in timed.items():
                 error = float((made[name] - exact).norm()) / sqrt(min(shape))
@@ -90,7 +103,3 @@ def _plain(weight: Tensor) -> Tensor:
     left, _, right = torch.linalg.svd(weight, full_matrices=False)
     factor: Tensor = left @ right
     return factor
-
-
-def _route(weight: Tensor, route: str) -> Tensor:
-    return polar_factor(weight, method=route).factor
