@@ -1,7 +1,7 @@
-"""`ortho demo`: the tour for a newcomer, offline, under a minute; every command is printed as one would type it.
+"""`ortho demo`: the tour for a newcomer, offline, about a minute; every command is printed as one would type it.
 
 First checkpoints, then training: the tour's checkpoint is too small a likeness to be trained, so a fixed nudge stands
-in for that there, and what is trained at the end is a small network on digits.
+in for that there, and what is trained at the end are two small networks on digits.
 """
 
 from __future__ import annotations
@@ -41,6 +41,11 @@ STEPS = (
      "factorize {base} -o {factors} --budget 0.5"),
     ("Now train: handwritten digits, with filters that become orthonormal in groups (GOR).",
      "train quickstart --set run.dir={run} --set train.epochs=5"),
+    ("Or a transformer that trains only small cores of its weights once their bases have settled (OIALR).",
+     "train digits-vit-oialr-quick --set run.dir={oialr}"),
+    ("When did each basis settle, and what did freezing it save?",
+     "analyze stability {oialr}/export/track_stability/stability.csv -o {stability} --threshold 0.995"),
+    ("What it left behind: thin factors in place of weights.", "inspect {oialr}/export/oialr/factors"),
 )  # fmt: skip
 FILES = {
     "base": "v1-5-small.safetensors",
@@ -54,13 +59,26 @@ FILES = {
     "factors": "factors.safetensors",
     "report": "factors-report",
     "run": "quickstart",
+    "oialr": "oialr",
+    "stability": "oialr-stability",
 }
-# What the run leaves in its folder; which of it there is depends on the recipe.
+# What is worth a look inside.
 RUN = {
     "recipe.yaml": "every setting, defaults too",
     "metrics.jsonl": "losses, accuracies and penalties, a line a report",
     "checkpoints": "the best state and the last ones, to go on from with --resume",
     "report.html": "curves to look at",
+}
+INSIDE = {
+    "run": RUN,
+    "oialr": {
+        "report.html": RUN["report.html"],
+        "export/oialr/factors": "the low-rank network, for ortho.load_factorized",
+        "export/oialr/dense": "the same multiplied out, a drop-in",
+        "export/oialr/layers.csv": "ranks, and when each layer converted",
+        "export/track_stability/stability.csv": "how far each basis moved, recorded in training",
+    },
+    "stability": {"stability.html": "heatmaps of layers by steps, advice"},
 }
 
 
@@ -68,7 +86,7 @@ def demo(
     folder: Annotated[Path, typer.Argument(help="Where to work; it must not exist yet.")] = Path("ortho-demo"),
     force: Annotated[bool, typer.Option("-f", "--force", help="Replace an earlier demo.")] = False,
 ) -> None:
-    """Take the tour: every verb on a small checkpoint with Stable Diffusion's names, and a few seconds of training.
+    """Take the tour: every verb on a small checkpoint with Stable Diffusion's names, and two short trainings.
 
     Example: ortho demo
     """
@@ -87,10 +105,9 @@ def demo(
     typer.echo()
     _say(f"Done. It is all in {folder}/:")
     for key, name in FILES.items():
-        typer.echo(f"  {name:34} {_PURPOSE[key]}")
-    for name, purpose in RUN.items():
-        if (folder / FILES["run"] / name).exists():
-            typer.echo(f"    {name:32} {purpose}")
+        typer.echo(f"  {name:40} {_PURPOSE[key]}")
+        for inside, purpose in INSIDE.get(key, {}).items():
+            typer.echo(f"    {inside:38} {purpose}")
     typer.echo("\nNext: ortho recipe list, ortho --help, or the README on your own checkpoint.")
 
 
@@ -105,7 +122,9 @@ _PURPOSE = {
     "restored": "the checkpoint with those taken out again",
     "factors": "the checkpoint as low-rank factors",
     "report": "what the factors keep, with spectra to look at",
-    "run": "the training run:",
+    "run": "the training run with GOR:",
+    "oialr": "the training run with OIALR:",
+    "stability": "the report on its bases:",
 }
 NUDGE = 0.05  # radians or so by which each reflection turns: visible, and far from random
 

@@ -29,6 +29,7 @@ COUNTS = {
     "digits-vit-hra-matrix": (VIT, HRA + HEAD),
     "digits-vit-oialr": (SMALL_VIT, SMALL_VIT),  # nothing is frozen before a basis has settled
     "digits-vit-oialr-comparison": (SMALL_VIT, SMALL_VIT),
+    "digits-vit-oialr-quick": (SMALL_VIT, SMALL_VIT),  # larger patches have as many more weights as positions fewer
     "cifar10-minivit": (42_684_682, 42_684_682),  # timm's count
     "cifar10-minivit-oialr": (42_684_682, 42_684_682),
     "imagenet-vit-b16-oialr": (86_567_656, 86_567_656),
