@@ -109,7 +109,7 @@ def add_hra(
 
     Example: ortho add-hra v1-5-pruned.ckpt -o v1-5-hra.safetensors --rank 8
     """
-    values = gather(ctx, "add-hra", {"form": "as"})
+    values = gather(ctx, "add-hra")
     required(values, USAGE, "checkpoint", "output")
     from ortho_cli.cli.carry import carry
     from ortho_cli.surgery.add_hra import plan_add_hra

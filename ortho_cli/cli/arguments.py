@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import typer
 
 from ortho_cli.errors import OutputError, UsageError
 
-__all__ = ["gather", "required", "save_recipe"]
+__all__ = ["gather", "keep_recipe", "recipe_keys", "required"]
 
 NOTHING: tuple[object, ...] = (None, [], ())  # what typer gives for an option that was not typed
 SAVED = "ortho.recipe"  # where a command keeps its recipe until it has succeeded
@@ -18,25 +18,28 @@ SAVED = "ortho.recipe"  # where a command keeps its recipe until it has succeede
 # Options that say how to run and report, not what to do: they are no part of a recipe.
 RUN_OPTIONS = {
     "recipe", "save_recipe", "force", "dry_run", "as_json", "verbose", "quiet", "debug", "push_to_hub", "private",
-    "workers", "no_report",
+    "workers", "no_report", "cache", "no_cache",
 }  # fmt: skip
 
 
-def gather(ctx: typer.Context, verb: str, names: Mapping[str, str] | None = None) -> dict[str, Any]:
+def gather(
+    ctx: typer.Context,
+    verb: str,
+    settle: Callable[[dict[str, Any], set[str]], None] = lambda values, typed: None,
+) -> dict[str, Any]:
     """The verb's parameters: defaults, then the recipe's keys, then what was typed.
 
     Args:
         ctx: the running command.
-        verb: the name in the recipe's ``verb:``.
-        names: parameter -> recipe key, where they differ.
+        verb: the name in the recipe's ``verb:``; its keys are the long options.
+        settle: takes out, given the names of those that were typed, what of the recipe contradicts them.
 
     Raises:
         RecipeError: the recipe does not fit its schema.
         OutputError: the recipe to save exists.
     """
-    renamed = dict(names or {})
-    declared = [parameter.name or "" for parameter in ctx.command.params]  # `ctx.params` has them as they were typed
-    values = {name: ctx.params[name] for name in declared if name in ctx.params and name not in RUN_OPTIONS}
+    keys = recipe_keys(ctx.command)  # in their order; `ctx.params` has them as they were typed
+    values = {name: None if ctx.params[name] in NOTHING else ctx.params[name] for name in keys}
     typed = {name for name in values if str(ctx.get_parameter_source(name)).endswith("COMMANDLINE")}
     source = ctx.params.get("recipe")
     if source:
@@ -44,26 +47,39 @@ def gather(ctx: typer.Context, verb: str, names: Mapping[str, str] | None = None
 
         loaded = load_verb(source, verb)
         for name in values.keys() - typed:
-            key = renamed.get(name, name)
-            if key in loaded:
-                values[name] = _from_recipe(key, loaded[key])
+            if keys[name] in loaded:
+                values[name] = _from_recipe(keys[name], loaded[keys[name]])
+    settle(values, typed)
     if ctx.params.get("save_recipe"):
         _check_recipe_file(Path(ctx.params["save_recipe"]))
         defaults = {parameter.name: parameter.default for parameter in ctx.command.params}
-        ctx.meta[SAVED] = {
-            renamed.get(name, name): _to_recipe(renamed.get(name, name), value)
-            for name, value in values.items()
-            if value not in NOTHING and (name in typed or value != defaults.get(name))
-        }
+        ctx.meta[SAVED] = (
+            verb,
+            {
+                keys[name]: _to_recipe(keys[name], value)
+                for name, value in values.items()
+                if value not in NOTHING and (name in typed or value != defaults.get(name))
+            },
+        )
     return values
 
 
-def save_recipe(ctx: typer.Context, verb: str) -> None:
+def recipe_keys(command: Any) -> dict[str, str]:
+    """The parameters of a verb that its recipes have -> their keys: the long option's name, or the argument's."""
+    found = {}
+    for parameter in command.params:
+        option = next((word for word in parameter.opts if word.startswith("--")), str(parameter.name))
+        if parameter.name not in RUN_OPTIONS | {"help"}:
+            found[str(parameter.name)] = option.removeprefix("--").replace("-", "_")
+    return found
+
+
+def keep_recipe(ctx: typer.Context) -> None:
     """Write the recipe that `--save-recipe` asked for, once the command it repeats has succeeded."""
     if SAVED in ctx.meta:
         from ortho_cli.recipe.verbs import save_verb
 
-        save_verb(ctx.params["save_recipe"], verb, ctx.meta[SAVED])
+        save_verb(ctx.params["save_recipe"], *ctx.meta[SAVED])
 
 
 def _check_recipe_file(path: Path) -> None:
@@ -91,6 +107,8 @@ def _from_recipe(key: str, value: Any) -> Any:
         return [item["path"] for item in value]
     if key == "rank":
         return [str(item) for item in value] if isinstance(value, list) else [str(value)]
+    if key == "format":
+        return ",".join(value)
     return Path(value) if key == "output" and value is not None else value
 
 
@@ -100,6 +118,8 @@ def _to_recipe(key: str, value: Any) -> Any:
     if key == "rank":
         ranks = [int(item) if str(item).isdigit() else item for item in value]
         return ranks[0] if len(ranks) == 1 and isinstance(ranks[0], int) else ranks
+    if key == "format":
+        return [word.strip() for word in value.split(",") if word.strip()]
     if isinstance(value, (list, tuple)):
-        return [str(item) for item in value]
+        return [item if isinstance(item, int) else str(item) for item in value]
     return str(value) if isinstance(value, Path) else value

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, cast
 
-from ortho_cli.cli.arguments import save_recipe
+from ortho_cli.cli.arguments import keep_recipe
 from ortho_cli.cli.progress import byte_bar
 from ortho_cli.cli.publish import check_upload, publish
 from ortho_cli.cli.show import show_report
@@ -35,7 +35,7 @@ def carry(
     with byte_bar(plan.command, hidden=options["quiet"] or options["as_json"]) as bar:
         report = run(plan, force=options["force"], dry_run=options["dry_run"], progress=bar)
     if not options["dry_run"]:
-        save_recipe(ctx, plan.command)
+        keep_recipe(ctx)
         after(report)
     if options["push_to_hub"]:  # before the report: a failure is the one thing said, then
         publish(plan.output, options["push_to_hub"], private=options["private"], command=f"ortho {plan.command}")

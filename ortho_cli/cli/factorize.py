@@ -162,7 +162,7 @@ def factorize(
 
     Load the result with ortho.load_factorized(model, OUT); with --as dense it loads like the original.
     """
-    values = gather(ctx, "factorize", {"form": "as"})
+    values = gather(ctx, "factorize", _typed_rule_wins)
     required(values, USAGE, "checkpoint", "output")
     from ortho_cli.analysis.factorization import MARK, factorization_report
     from ortho_cli.analysis.report_folder import check_folder, write_folder
@@ -171,7 +171,6 @@ def factorize(
     from ortho_cli.cli.progress import byte_bar
     from ortho_cli.surgery.factorize import FactorizePlan, plan_factorize
 
-    _typed_rule_wins(ctx, values)
     source, target, named = values.pop("checkpoint"), values["output"], values.pop("report")
     folder = None if no_report else Path(named) if named else target.with_name(f"{target.stem}-report")
     options = {**values, "exclude": values["exclude"] or [], "workers": workers, "force": force}
@@ -195,13 +194,12 @@ def factorize(
     carry(ctx, plan, after)
 
 
-def _typed_rule_wins(ctx: typer.Context, values: dict[str, Any]) -> None:
+def _typed_rule_wins(values: dict[str, Any], typed: set[str]) -> None:
     """A rank rule on the command line takes the place of the recipe's, whichever that is."""
     from ortho_cli.surgery.factorize_ranks import RULES
 
-    typed = [name for name in RULES if str(ctx.get_parameter_source(name)).endswith("COMMANDLINE")]
-    if typed:
+    if not typed.isdisjoint(RULES):
         values.update({name: None for name in RULES if name not in typed})
-        if "budget" not in typed and not str(ctx.get_parameter_source("budget_unit")).endswith("COMMANDLINE"):
+        if typed.isdisjoint({"budget", "budget_unit"}):
             values["budget_unit"] = None
     values.update({name: None for name in RULES if values[name] in NOTHING})

@@ -5,35 +5,29 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
+
+from ortho_cli.cli.arguments import keep_recipe
 
 if TYPE_CHECKING:
+    import typer
+
     from ortho_cli.analysis.limits import Limits
     from ortho_cli.analysis.report import Report
 
-__all__ = ["MARK", "Shown", "show_layers", "told_command"]
+__all__ = ["MARK", "show_layers", "told_command"]
 
 MARK = "layers.csv"  # by which an earlier report is known
 LAYERS_SHOWN = 10  # without --verbose
 
 
-class Shown(NamedTuple):
-    """How a verb was asked to show what it found: the options of that name, and the formats."""
-
-    output: Path
-    kinds: Sequence[str]
-    force: bool
-    dry_run: bool
-    as_json: bool
-    quiet: bool
-    verbose: bool
-
-
 def show_layers(
+    ctx: typer.Context,
     report: Report,
     layers: Sequence[Any],
     columns: Sequence[str],
-    how: Shown,
+    output: Path,
+    kinds: Sequence[str],
     *,
     worst: Mapping[str, float],
     which: str,
@@ -43,10 +37,12 @@ def show_layers(
     """Write a report of layers, print its table or its data, and hold it to limits.
 
     Args:
+        ctx: the running command, with the options on how to write and show.
         report: with its `data`.
         layers: records with a `name`, in file order.
         columns: their fields that the table has.
-        how: the options; the folder was checked before.
+        output: the folder, which was checked before.
+        kinds: the formats.
         worst: layer -> number; the largest are shown first.
         which: what these are, e.g. "that use their rank least".
         limits: held to `limits.metric` of the layers, after everything is written.
@@ -59,19 +55,21 @@ def show_layers(
     from ortho_cli.analysis.table import cell_text, record_table
     from ortho_cli.cli.show import console_out, print_json, show_notes, table
 
-    if how.dry_run:
-        written: list[dict[str, object]] = [{"path": str(how.output / name)} for name in report.files(how.kinds)]
+    options = ctx.params
+    if options["dry_run"]:
+        written: list[dict[str, object]] = [{"path": str(output / name)} for name in report.files(kinds)]
     else:
-        written = write_folder(report, how.output, how.kinds, force=how.force)
+        written = write_folder(report, output, kinds, force=options["force"])
+        keep_recipe(ctx)
     held = {} if limits is None else {layer.name: getattr(layer, limits.metric) for layer in layers}
-    if how.as_json:
+    if options["as_json"]:
         if limits is not None:
             limits.check(held)  # a failure is the one JSON object, then
-        print_json({**(report.data or {}), "outputs": written, "dry_run": how.dry_run})
+        print_json({**(report.data or {}), "outputs": written, "dry_run": options["dry_run"]})
         return
-    if not how.quiet:
+    if not options["quiet"]:
         few = sorted(layers, key=lambda layer: -worst[layer.name])[:LAYERS_SHOWN]
-        order, console = layers if how.verbose else few, console_out()
+        order, console = layers if options["verbose"] else few, console_out()
         if len(order) < len(layers):
             console.print(f"the {len(order)} of {len(layers)} layers {which} (all with -v)", style="bold")
         lines = record_table("", "", order)
@@ -80,7 +78,7 @@ def show_layers(
         table(console, [name.replace("_", " ") for name in columns], rows)
         show_notes(console, notes)
         for item in written:
-            console.print(f"{'would write' if how.dry_run else 'wrote'} {item['path']}", markup=False)
+            console.print(f"{'would write' if options['dry_run'] else 'wrote'} {item['path']}", markup=False)
     if limits is not None:
         limits.check(held)
 

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from ortho_cli.cli.layer_report import MARK, Shown, show_layers, told_command
+from ortho_cli.cli.arguments import gather, required
+from ortho_cli.cli.layer_report import MARK, show_layers, told_command
 from ortho_cli.cli.options import (
     FORMATS,
     OUTPUT,
@@ -21,6 +22,8 @@ from ortho_cli.cli.options import (
     JsonOption,
     LayersOption,
     QuietOption,
+    RecipeOption,
+    SaveRecipeOption,
     VerboseOption,
     WorkersOption,
 )  # fmt: skip
@@ -28,13 +31,15 @@ from ortho_cli.errors import UsageError, check_choice
 
 __all__ = ["analyze_orthogonality"]
 
+USAGE = "ortho analyze orthogonality CHECKPOINT [-o FOLDER]"
 SHOWN = (
     "name", "shape", "side", "scale_free", "normalized", "residual", "coherence", "groups", "inter", "intra",
 )  # fmt: skip
 
 
 def analyze_orthogonality(
-    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="File, folder or hub id.")],
+    ctx: typer.Context,
+    checkpoint: Annotated[str | None, typer.Argument(metavar="CHECKPOINT", help="File, folder or hub id.")] = None,
     output: Annotated[
         Path, typer.Option("-o", "--output", help="The folder to write the report to.", rich_help_panel=OUTPUT)
     ] = Path("orthogonality-report"),
@@ -48,6 +53,8 @@ def analyze_orthogonality(
     fail_below: FailBelowOption = None,
     workers: WorkersOption = None,
     formats: FormatOption = FORMATS,
+    recipe: RecipeOption = None,
+    save_recipe: SaveRecipeOption = None,
     force: ForceOption = False,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
@@ -63,6 +70,8 @@ def analyze_orthogonality(
     normalized the same over the root of the number of vectors; coherence is the largest |cos| of two of them; inter
     and intra are GOR's penalties.
     """
+    values = gather(ctx, "analyze-orthogonality")
+    required(values, USAGE, "checkpoint")
     from ortho_cli.analysis.limits import Limits
     from ortho_cli.analysis.orthogonality import METRICS, group_notes, orthogonality, orthogonality_report
     from ortho_cli.analysis.report import parse_formats
@@ -71,26 +80,26 @@ def analyze_orthogonality(
     from ortho_cli.checkpoints.store import open_checkpoint
     from ortho_cli.cli.progress import byte_bar
 
-    if groups < 1:
-        raise UsageError(f"--groups {groups}: a layer has at least one group")
+    asked, metric = {name: values[name] for name in ("groups", "targets", "exclude")}, values["metric"]
+    if asked["groups"] < 1:
+        raise UsageError(f"--groups {asked['groups']}: a layer has at least one group")
     check_choice("--metric", metric, METRICS)
-    limits, kinds = Limits(metric, fail_above, fail_below), parse_formats(formats)
-    opened = open_checkpoint(checkpoint)
-    check_folder(output, [file.path for file in opened.files], MARK, force=force)
+    limits = Limits(metric, values["fail_above"], values["fail_below"])
+    kinds, opened = parse_formats(values["formats"]), open_checkpoint(values["checkpoint"])
+    check_folder(values["output"], [file.path for file in opened.files], MARK, force=force)
     with byte_bar("orthogonality", hidden=quiet or as_json) as bar:
         layers = orthogonality(
             opened,
-            targets,
-            exclude or [],
-            groups=groups,
+            asked["targets"],
+            asked["exclude"] or [],
+            groups=asked["groups"],
             workers=workers or default_workers(),
             **({"start": bar.start, "advance": bar.advance} if bar is not None else {}),
         )
-    command = told_command("orthogonality", [checkpoint], groups=groups, targets=targets, exclude=exclude)
+    command = told_command("orthogonality", [values["checkpoint"]], **asked)
     shown = SHOWN if metric in SHOWN else (*SHOWN[:3], metric, *SHOWN[3:])
-    how = Shown(output, kinds, force, dry_run, as_json, quiet, verbose)
     show_layers(
-        orthogonality_report(opened, layers, command), layers, shown, how,
+        ctx, orthogonality_report(opened, layers, command), layers, shown, values["output"], kinds,
         worst={x.name: getattr(x, metric) or 0.0 for x in layers}, which=f"with the largest {metric}", limits=limits,
         notes=group_notes(layers),
     )  # fmt: skip

@@ -7,7 +7,8 @@ from typing import Annotated
 
 import typer
 
-from ortho_cli.cli.layer_report import MARK, Shown, show_layers, told_command
+from ortho_cli.cli.arguments import gather, required
+from ortho_cli.cli.layer_report import MARK, show_layers, told_command
 from ortho_cli.cli.options import (
     FORMATS,
     OUTPUT,
@@ -19,17 +20,21 @@ from ortho_cli.cli.options import (
     JsonOption,
     LayersOption,
     QuietOption,
+    RecipeOption,
+    SaveRecipeOption,
     VerboseOption,
     WorkersOption,
 )  # fmt: skip
 
 __all__ = ["analyze_spectrum"]
 
+USAGE = "ortho analyze spectrum CHECKPOINT [-o FOLDER]"
 SHOWN = ("name", "shape", "effective_rank", "stable_rank", "rank_90", "rank_95", "rank_99", "condition")
 
 
 def analyze_spectrum(
-    checkpoint: Annotated[str, typer.Argument(metavar="CHECKPOINT", help="File, folder or hub id.")],
+    ctx: typer.Context,
+    checkpoint: Annotated[str | None, typer.Argument(metavar="CHECKPOINT", help="File, folder or hub id.")] = None,
     output: Annotated[
         Path, typer.Option("-o", "--output", help="The folder to write the report to.", rich_help_panel=OUTPUT)
     ] = Path("spectrum-report"),
@@ -37,6 +42,8 @@ def analyze_spectrum(
     exclude: ExcludeOption = None,
     workers: WorkersOption = None,
     formats: FormatOption = FORMATS,
+    recipe: RecipeOption = None,
+    save_recipe: SaveRecipeOption = None,
     force: ForceOption = False,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
@@ -48,6 +55,8 @@ def analyze_spectrum(
 
     Example: ortho analyze spectrum v1-5-pruned.safetensors --targets sd15-attention -o spectra
     """
+    values = gather(ctx, "analyze-spectrum")
+    required(values, USAGE, "checkpoint")
     from ortho_cli.analysis.report import parse_formats
     from ortho_cli.analysis.report_folder import check_folder
     from ortho_cli.analysis.spectrum import measure, spectra, spectrum_report
@@ -55,21 +64,21 @@ def analyze_spectrum(
     from ortho_cli.checkpoints.store import open_checkpoint
     from ortho_cli.cli.progress import byte_bar
 
-    kinds = parse_formats(formats)
-    opened = open_checkpoint(checkpoint)
-    check_folder(output, [file.path for file in opened.files], MARK, force=force)
+    kinds = parse_formats(values["formats"])
+    opened = open_checkpoint(values["checkpoint"])
+    check_folder(values["output"], [file.path for file in opened.files], MARK, force=force)
+    asked = {name: values[name] for name in ("targets", "exclude")}
     with byte_bar("spectra", hidden=quiet or as_json) as bar:
-        values = spectra(
+        found = spectra(
             opened,
-            targets,
-            exclude or [],
+            asked["targets"],
+            asked["exclude"] or [],
             workers=workers or default_workers(),
             **({"start": bar.start, "advance": bar.advance} if bar is not None else {}),
         )
-    layers = measure(opened, values)
-    how = Shown(output, kinds, force, dry_run, as_json, quiet, verbose)
+    layers = measure(opened, found)
     show_layers(
-        spectrum_report(opened, values, told_command("spectrum", [checkpoint], targets=targets, exclude=exclude)),
-        layers, SHOWN, how, worst={x.name: -x.effective_rank / min(x.rows, x.cols) for x in layers},
+        ctx, spectrum_report(opened, found, told_command("spectrum", [values["checkpoint"]], **asked)),
+        layers, SHOWN, values["output"], kinds, worst={x.name: -x.effective_rank / min(x.rows, x.cols) for x in layers},
         which="that use their rank least",
     )  # fmt: skip

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from ortho_cli.cli.arguments import gather, keep_recipe, required
 from ortho_cli.cli.completion import presets, words
 from ortho_cli.cli.layer_report import told_command
 from ortho_cli.cli.options import (
@@ -21,6 +22,8 @@ from ortho_cli.cli.options import (
     FormatOption,
     JsonOption,
     QuietOption,
+    RecipeOption,
+    SaveRecipeOption,
     VerboseOption,
     WorkersOption,
 )  # fmt: skip
@@ -33,17 +36,20 @@ __all__ = ["analyze_stability"]
 
 ALL_FORMATS = "html,png,svg,csv,json"
 LAYERS_SHOWN = 10  # without --verbose
+USAGE = "ortho analyze stability CHECKPOINT...|RUN|FOLDER [-o FOLDER]"
+ASKED = ("revisions", "lags", "reference", "top_rank", "targets", "exclude", "split_heads")
 SHOWN = ("layer", "settled_at", "stays", "last_stability", "rank", "parameters", "trained", "resolved")
 
 
 def analyze_stability(
+    ctx: typer.Context,
     series: Annotated[
-        list[str],
+        list[str] | None,
         typer.Argument(
             metavar="CHECKPOINT...|RUN|FOLDER|GLOB|ORG/NAME|TABLE.csv",
             help="Checkpoints of one training, what holds them, or an earlier stability.csv.",
         ),
-    ],
+    ] = None,
     output: Annotated[
         Path, typer.Option("-o", "--output", help="The folder to write the report to.", rich_help_panel=OUTPUT)
     ] = Path("stability-report"),
@@ -98,6 +104,8 @@ def analyze_stability(
     ] = None,
     no_cache: Annotated[bool, typer.Option("--no-cache", help="Keep no results, and use none.")] = False,
     formats: FormatOption = ALL_FORMATS,
+    recipe: RecipeOption = None,
+    save_recipe: SaveRecipeOption = None,
     force: ForceOption = False,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
@@ -112,6 +120,8 @@ def analyze_stability(
     Checkpoints are ordered by state.json's step, else by the last number in their names. An interrupted or a longer
     series goes on from what was measured before.
     """
+    values = gather(ctx, "analyze-stability", _typed_comparison_wins)
+    required(values, USAGE, "series")
     from ortho_cli.analysis.limits import Limits
     from ortho_cli.analysis.report import parse_formats
     from ortho_cli.analysis.report_folder import check_folder, write_folder
@@ -124,18 +134,19 @@ def analyze_stability(
     from ortho_cli.cli.show import print_json
     from ortho_cli.methods.side_by_side import check_device
 
-    check_device(device)
-    kinds, limits = parse_formats(formats), Limits("stability", fail_above, fail_below)
-    check_rule(threshold, patience)
+    check_device(values["device"])
+    series, output, kinds = values["series"], values["output"], parse_formats(values["formats"])
+    limits = Limits("stability", values["fail_above"], values["fail_below"])
+    rule = {name: values[name] for name in ("threshold", "patience")}
+    check_rule(**rule)
+    asked = {name: values[name] for name in ASKED}
     notes: Sequence[str] = ()
     if len(series) == 1 and series[0].endswith(".csv"):
         check_folder(output, [Path(series[0])], MARK, force=force)
         changes = read_changes(Path(series[0]))
     else:
-        plan = plan_stability(
-            series, revisions=revisions, lags=lags or (), reference=reference, targets=targets or (),
-            exclude=exclude or (), split_qkv=split_qkv, split_heads=split_heads, top_rank=top_rank,
-        )  # fmt: skip
+        lists = {name: asked[name] or () for name in ("lags", "targets", "exclude")}
+        plan = plan_stability(series, **{**asked, **lists}, split_qkv=values["split_qkv"])
         check_folder(
             output, [file.path for entry in plan.entries for file in entry.checkpoint.files], MARK, force=force
         )
@@ -145,22 +156,19 @@ def analyze_stability(
         with byte_bar("stability", hidden=quiet or as_json) as bar:
             changes = plan.measure(
                 workers=workers or default_workers(),
-                device=device,
+                device=values["device"],
                 cache=None if no_cache else cache or cache_folder(),
                 **({"start": bar.start, "advance": bar.advance} if bar is not None else {}),
             )
         notes = plan.notes
-    command = told_command(
-        "stability", series, revisions=revisions, lag=lags, reference=reference and Path(reference).name,
-        top_rank=top_rank, targets=targets, exclude=exclude, split_heads=split_heads,
-    )  # fmt: skip
-    report = stability_report(
-        changes, name=_title(series), command=command, notes=notes, threshold=threshold, patience=patience
-    )
+    asked["lag"], reference = asked.pop("lags"), asked.pop("reference")
+    command = told_command("stability", series, **asked, reference=reference and Path(reference).name)
+    report = stability_report(changes, name=_title(series), command=command, notes=notes, **rule)
     if dry_run:
         written: list[dict[str, object]] = [{"path": str(output / name)} for name in report.files(kinds)]
     else:
         written = write_folder(report, output, kinds, force=force)
+        keep_recipe(ctx)
     last = max(change.step for change in changes)
     held = {change.layer: change.stability for change in changes if change.step == last}
     if as_json:
@@ -170,6 +178,13 @@ def analyze_stability(
     if not quiet:
         _show(report, notes, written, verbose=verbose, dry_run=dry_run)
     limits.check(held)
+
+
+def _typed_comparison_wins(values: dict[str, Any], typed: set[str]) -> None:
+    """A lag on the command line takes the place of the recipe's reference, and the other way round."""
+    for name, other in (("lags", "reference"), ("reference", "lags")):
+        if name in typed and other not in typed:
+            values[other] = None
 
 
 def _show_plan(plan: StabilityPlan, output: Path, *, as_json: bool) -> None:

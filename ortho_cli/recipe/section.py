@@ -16,8 +16,8 @@ from typing_extensions import Self
 from ortho_cli.recipe.parse import Location
 
 __all__ = [
-    "VERSION", "Count", "NotNegative", "Patterns", "Positive", "Rejection", "Section", "Share", "Text", "Version",
-    "Whole",
+    "VERSION", "Count", "NotNegative", "Patterns", "Positive", "Rejection", "Section", "Share", "Text", "VerbRecipe",
+    "Version", "Whole",
 ]  # fmt: skip
 
 VERSION = 1
@@ -65,3 +65,10 @@ class Section(BaseModel):
         if errors:
             raise ValidationError.from_exception_data(type(self).__name__, errors)
         return self
+
+
+class VerbRecipe(Section):
+    """What every verb's recipe has."""
+
+    version: Version
+    verb: str

@@ -1,7 +1,8 @@
 """The schema of the recipes for checkpoint verbs: `version: 1`, `verb: merge`, then that verb's arguments and options.
 
 One class a verb; its fields are the verb's arguments and long options, with `_` for `-`. A new verb is one class and
-one line in `VERBS`. What depends on a checkpoint (does a layer exist, is a rank too large) is the verb's to say.
+one line in `VERBS`; those of `ortho analyze` are in `analyses`. What depends on a checkpoint (does a layer exist, is a
+rank too large) is the verb's to say.
 """
 
 from __future__ import annotations
@@ -16,10 +17,11 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from ortho_cli.errors import RecipeError
+from ortho_cli.recipe.analyses import ANALYSES
 from ortho_cli.recipe.explain import listed, nearest
 from ortho_cli.recipe.load import read_recipe, validate
 from ortho_cli.recipe.parse import Positions, Problem, parse_yaml, refusal
-from ortho_cli.recipe.section import VERSION, Count, Positive, Rejection, Section, Text, Version
+from ortho_cli.recipe.section import VERSION, Count, Positive, Rejection, Section, Text, VerbRecipe
 from ortho_cli.recipe.shipped import find
 from ortho_cli.recipe.write import plain_data, to_yaml, write_recipe
 
@@ -43,13 +45,6 @@ Ratio = Annotated[float, Field(gt=0, le=1)]
 PatternRank = Annotated[str, AfterValidator(_pattern_rank)]
 ShardSize = Annotated[Text | None, Field(description="Split larger outputs into files of at most this size, e.g. 5GB.")]
 Output = Annotated[Text | None, Field(description="The file or folder to write.")]
-
-
-class VerbRecipe(Section):
-    """What every verb's recipe has."""
-
-    version: Version
-    verb: str
 
 
 class AddHRA(VerbRecipe):
@@ -153,7 +148,9 @@ class Factorize(VerbRecipe):
             yield ("budget_unit",), "is about budget, which is not given"
 
 
-VERBS: dict[str, type[VerbRecipe]] = {"add-hra": AddHRA, "factorize": Factorize, "merge": Merge, "convert": Convert}
+VERBS: dict[str, type[VerbRecipe]] = {
+    "add-hra": AddHRA, "factorize": Factorize, "merge": Merge, "convert": Convert, **ANALYSES,
+}  # fmt: skip
 
 
 def is_training(data: Mapping[str, object]) -> bool:
@@ -175,7 +172,7 @@ def load_verb(name_or_path: str, verb: str) -> dict[str, object]:
     other = "train" if is_training(data) else data.get("verb")
     if (other in VERBS or other == "train") and other != verb:
         raise RecipeError(
-            f"this recipe is for `ortho {other}`, not for `ortho {verb}`",
+            f"this recipe is for `{_words(str(other))}`, not for `{_words(verb)}`",
             hint=command(str(other), shlex.quote(name_or_path)),
             where=f"{path}:{positions.place(('verb',)).value}",
         )
@@ -206,7 +203,12 @@ def save_verb(path: str | PathLike[str], verb: str, options: Mapping[str, object
 
 def command(verb: str, name: str) -> str:
     """The command line that runs a recipe."""
-    return f"ortho train {name}" if verb == "train" else f"ortho {verb} --recipe {name}"
+    return f"ortho train {name}" if verb == "train" else f"{_words(verb)} --recipe {name}"
+
+
+def _words(verb: str) -> str:
+    """A verb as it is typed: `analyze-spectrum` is one of `ortho analyze`."""
+    return f"ortho {verb.replace('analyze-', 'analyze ')}"
 
 
 def check_verb(data: dict[str, object], positions: Positions, path: Path) -> VerbRecipe:

@@ -110,7 +110,8 @@ def test_a_recipe_repeats_the_command(base: Path, tmp_path: Path) -> None:
 def test_a_typed_rule_takes_the_place_of_the_recipes(base: Path, tmp_path: Path) -> None:
     recipe = tmp_path / "r.yaml"
     recipe.write_text(f"version: 1\nverb: factorize\ncheckpoint: {base}\nbudget: 0.5\nbudget_unit: params\n")
-    code, out, _ = ortho(
-        "factorize", "--recipe", recipe, "-o", tmp_path / "small.safetensors", "--rank", 8, "--json", "--no-report"
-    )
+    words = ["-o", tmp_path / "small.safetensors", "--rank", 8, "--json", "--no-report"]
+    code, out, _ = ortho("factorize", "--recipe", recipe, *words, "--save-recipe", tmp_path / "mixed.yaml")
     assert code == 0 and json.loads(out)["totals"]["rule"] == "rank 8"
+    saved = (tmp_path / "mixed.yaml").read_text()
+    assert "rank: 8" in saved and "budget" not in saved

@@ -30,6 +30,23 @@ FULL: dict[str, dict[str, Any]] = {
         "exact": True, "dtype": "bf16", "max_shard_size": "500MB",
     },
     "convert": {"input": "x", "output": "y.safetensors", "to": "kohya-lora", "base": "z"},
+    "analyze-stability": {
+        "series": ["run", "step*.safetensors"], "output": "out", "revisions": "step*", "lag": [1, 5],
+        "reference": None, "top_rank": 8, "threshold": 0.9, "patience": 3, "targets": ["**.attn.**"],
+        "exclude": ["mid.*"], "split_qkv": True, "split_heads": 12, "fail_below": 0.5, "fail_above": 1.0,
+        "device": "cuda:0", "format": ["svg", "pdf"],
+    },
+    "analyze-orthogonality": {
+        "checkpoint": "x", "output": "out", "groups": 4, "targets": ["**"], "exclude": ["mid.*"], "metric": "coherence",
+        "fail_above": 0.5, "fail_below": 0.0, "format": ["json"],
+    },
+    "analyze-adapter": {
+        "base": "x", "adapter": "1e-4", "output": "out", "targets": ["**"], "top": 5, "threshold": 0.25,
+        "metric": "defect", "fail_above": 1e-6, "fail_below": None, "format": ["html"],
+    },
+    "analyze-spectrum": {
+        "checkpoint": "x", "output": "out", "targets": ["**"], "exclude": ["mid.*"], "format": ["csv"],
+    },
 }  # fmt: skip
 DEFAULTS: dict[str, dict[str, Any]] = {
     "add-hra": {
@@ -43,12 +60,32 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "merge": {"adapters": [], "output": None, "exact": False, "dtype": "keep", "max_shard_size": None},
     "convert": {"output": None, "base": None},
+    "analyze-stability": {
+        "output": "stability-report", "revisions": None, "lag": None, "reference": None, "top_rank": None,
+        "threshold": 0.95, "patience": 2, "targets": None, "exclude": [], "split_qkv": False, "split_heads": None,
+        "fail_below": None, "fail_above": None, "device": "cpu", "format": ["html", "png", "svg", "csv", "json"],
+    },
+    "analyze-orthogonality": {
+        "output": "orthogonality-report", "groups": 32, "targets": None, "exclude": [], "metric": "scale_free",
+        "fail_above": None, "fail_below": None, "format": ["html", "png", "csv"],
+    },
+    "analyze-adapter": {
+        "output": "adapter-report", "targets": None, "top": 10, "threshold": 0.5, "metric": "relative_change",
+        "fail_above": None, "fail_below": None, "format": ["html", "png", "csv"],
+    },
+    "analyze-spectrum": {
+        "output": "spectrum-report", "targets": None, "exclude": [], "format": ["html", "png", "csv"],
+    },
 }  # fmt: skip
 LEAST = {
     "add-hra": "checkpoint: x\n",
     "factorize": "checkpoint: x\n",
     "merge": "base: x\n",
     "convert": "input: x\nto: ldm\n",
+    "analyze-stability": "series: [x]\n",
+    "analyze-orthogonality": "checkpoint: x\n",
+    "analyze-adapter": "base: x\nadapter: y\n",
+    "analyze-spectrum": "checkpoint: x\n",
 }
 
 
@@ -91,7 +128,7 @@ def test_saved_and_loaded_is_the_same(path: Path, verb: str) -> None:
     assert save_verb(path, verb, FULL[verb]) == path
     assert load_verb(str(path), verb) == FULL[verb]
     assert path.read_text(encoding="utf-8").startswith(
-        f"# The same again:     ortho {verb} --recipe r.yaml\nversion: 1\n"
+        f"# The same again:     ortho {verb.replace('analyze-', 'analyze ')} --recipe r.yaml\nversion: 1\n"
     )
 
 
@@ -139,6 +176,15 @@ def test_the_wrong_verb_names_the_right_command(path: Path) -> None:
         load_verb(name, "convert")
     assert caught.value.hint == f"ortho merge --recipe {path}"
     assert caught.value.where == f"{path}:2"
+
+
+def test_an_analysis_is_named_as_it_is_typed(path: Path) -> None:
+    name = written(path, "analyze-spectrum", LEAST["analyze-spectrum"])
+    with pytest.raises(
+        RecipeError, match="is for `ortho analyze spectrum`, not for `ortho analyze stability`"
+    ) as caught:
+        load_verb(name, "analyze-stability")
+    assert caught.value.hint == f"ortho analyze spectrum --recipe {path}"
 
 
 def test_a_training_recipe_is_no_verb(path: Path) -> None:

@@ -9,6 +9,10 @@ import pytest
 from ortho_cli.errors import RecipeError
 from ortho_cli.recipe.catalog import load_any
 
+LISTED = (
+    "add-hra, factorize, merge, convert, analyze-stability, analyze-orthogonality, analyze-adapter, analyze-spectrum"
+)
+
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
@@ -27,12 +31,12 @@ def errors(path: Path, verb: str, body: str) -> list[str]:
     [
         (
             "version: 1\nverb: mergee\n",
-            "2: verb: 'mergee' is none of add-hra, factorize, merge, convert; did you mean 'merge'?",
+            f"2: verb: 'mergee' is none of {LISTED}; did you mean 'merge'?",
         ),
-        ("version: 1\nbase: x\n", "1: verb: missing; one of add-hra, factorize, merge, convert"),
+        ("version: 1\nbase: x\n", f"1: verb: missing; one of {LISTED}"),
         (
             "version: 1\nverb: [merge]\n",
-            "2: verb: '['merge']' is none of add-hra, factorize, merge, convert; did you mean 'merge'?",
+            f"2: verb: '['merge']' is none of {LISTED}; did you mean 'merge'?",
         ),
         ("verb: merge\nbase: x\n", "1: version: missing"),
         ("version: 2\nverb: merge\nbase: x\n", "1: version: version 2 is not known; this ortho reads version 1"),
@@ -124,6 +128,34 @@ def test_version_and_verb(path: Path, text: str, expected: str) -> None:
             "input: x\nto: peft-lroa\n",
             "4: to: expected peft-hra, peft-lora, kohya-lora, diffusers-lora, hra-repo, ldm, diffusers, base,"
             " dense or safetensors, found 'peft-lroa'; did you mean 'peft-lora'?",
+        ),
+        ("analyze-stability", "series: run\n", "3: series: expected a list, found 'run' (write a list: [item, ...])"),
+        (
+            "analyze-stability",
+            "series: [run]\nlag: [1]\nreference: first\n",
+            "5: reference: lag is given too, and they exclude each other",
+        ),
+        ("analyze-stability", "series: [run]\nlag: [0]\n", "4: lag.0: should be greater than or equal to 1, found 0"),
+        (
+            "analyze-stability",
+            "series: [run]\nthreshold: 2\n",
+            "4: threshold: should be less than or equal to 1, found 2",
+        ),
+        (
+            "analyze-spectrum",
+            "checkpoint: x\nformat: [html, gif]\n",
+            "4: format.1: expected html, png, svg, pdf, csv or json, found 'gif'",
+        ),
+        (
+            "analyze-spectrum",
+            "checkpoint: x\nworkers: 2\n",
+            "4: workers: no such key here; known: version, verb, checkpoint, output, targets, exclude, format",
+        ),
+        ("analyze-adapter", "base: x\nadapter: y\nthreshold: 1\n", "5: threshold: should be less than 1, found 1"),
+        (
+            "analyze-orthogonality",
+            "checkpoint: x\nfail_below: 2\nfail_above: 1\n",
+            "4: fail_below: nothing is between 2 and fail_above, 1",
         ),
     ],
 )
