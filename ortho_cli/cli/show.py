@@ -22,9 +22,11 @@ WIDE = 250
 LAYERS_SHOWN = 10  # in a table without --verbose
 # Figures of a layer, where it has them.
 MEASURED = (
-    "relative_change", "largest_angle", "relative_error", "energy", "activation_error", "plain_activation_error",
-    "reason",
+    "relative_change", "angles_before", "largest_angle", "explained_by_rotation", "explained_by_lora", "explained",
+    "order_effect", "defect", "relative_error", "energy", "activation_error", "plain_activation_error", "reason",
 )  # fmt: skip
+SHARES = ("relative_error", "energy", "explained_by_rotation", "explained_by_lora", "explained")
+SCIENTIFIC = ("relative_change", "order_effect", "defect", "activation_error", "plain_activation_error")
 Rows = Sequence[Sequence[object]]
 
 
@@ -163,9 +165,11 @@ def _detail(key: str, value: object) -> str:
         if value and isinstance(value[0], list):
             return " ".join("x".join(map(str, shape)) for shape in value)
         return "x".join("?" if size is None else str(size) for size in value)
-    if key in ("relative_change", "activation_error", "plain_activation_error") and isinstance(value, float):
+    if key == "angles_before" and isinstance(value, list):
+        return " ".join(f"{angle:.4f}" for angle in value)
+    if key in SCIENTIFIC and isinstance(value, float):
         return f"{value:.2e}"
-    if key in ("relative_error", "energy") and isinstance(value, float):
+    if key in SHARES and isinstance(value, float):
         return f"{value:.4f}"
     if key == "largest_angle" and isinstance(value, float):
         return f"{value:.4f} rad"

@@ -1,0 +1,99 @@
+"""The files of a combined adapter: reflections of rotations, factors of sums, and both on a base as one LoRA."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+from typing import TYPE_CHECKING
+
+from ortho_cli.checkpoints.reading import TensorReader, row_blocks
+from ortho_cli.checkpoints.store import Checkpoint
+from ortho_cli.checkpoints.tensors import TensorInfo
+from ortho_cli.errors import TargetError
+
+from .adapter_factors import kernel_of
+from .adapter_folder import AdapterFiles, Factor, hra_folder, lora_folder
+from .combine_layers import Combined
+from .combine_parts import Gathered, Part
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ortho_cli.linalg.rotation import LowRankRotation
+
+__all__ = ["adapter_files"]
+
+
+def adapter_files(
+    form: str, gathered: Gathered, combined: Mapping[str, Combined], base: Checkpoint | None, metadata: dict[str, str]
+) -> AdapterFiles:
+    """A PEFT folder of the combined layers: `hra`, or `lora` at scale 1."""
+    if form == "hra":
+        vectors = {name: _reflections(found.rotation) for name, found in combined.items()}
+        _check_widths(vectors)
+        return hra_folder(vectors, base, metadata)
+    factors = {name: _factors(gathered.first(name), found) for name, found in combined.items()}
+    return lora_folder(factors, base, metadata)
+
+
+def _check_widths(vectors: Mapping[str, Factor]) -> None:
+    """Refuse ranks that a narrow layer cannot be padded to.
+
+    Raises:
+        TargetError: with the rank that fits.
+    """
+    largest = max(vectors, key=lambda name: vectors[name].shape[1])
+    narrowest = min(vectors, key=lambda name: vectors[name].shape[0])
+    rank, width = vectors[largest].shape[1], vectors[narrowest].shape[0]
+    if rank > width:
+        raise TargetError(
+            f"{rank} reflections at {largest} do not fit {narrowest}, which is {width} wide: PEFT has one rank for all",
+            hint=f"use --rank {width - width % 2} or less",
+        )
+
+
+def _reflections(rotation: LowRankRotation | None) -> Factor:
+    import torch
+
+    assert rotation is not None
+    vectors = rotation.reflections()
+    if not vectors.shape[1]:  # nothing turns: one pair that cancels
+        vectors = torch.eye(vectors.shape[0], 1, dtype=vectors.dtype).expand(-1, 2)
+    return Factor(tuple(vectors.shape), lambda: vectors)
+
+
+def _factors(part: Part, found: Combined) -> tuple[Factor, Factor]:
+    """B and A of one layer; those of a rotation are made from the base's weight when the plan runs."""
+    rows, columns = part.shape[0], prod(part.shape[1:])
+    rank, kernel = max(1, found.rank), kernel_of(part.layer)
+    up = (rows, rank, 1, 1) if kernel else (rows, rank)
+    down = (rank, columns // prod(kernel), *kernel) if kernel else (rank, columns)
+
+    def product() -> tuple[Tensor, Tensor]:
+        return _product(part.layer.weight, found, rows, columns)
+
+    return Factor(up, lambda: product()[0].reshape(up)), Factor(down, lambda: product()[1].reshape(down))
+
+
+def _product(weight: TensorInfo | None, found: Combined, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    import torch
+
+    pairs = [] if found.factors is None else [found.factors]
+    if found.rotation is not None and found.rotation.rank:
+        assert weight is not None
+        pairs.insert(0, _rotated(weight, found.rotation.to(torch.float64), columns))
+    if not pairs:
+        return torch.zeros(rows, 1), torch.zeros(1, columns)
+    return torch.cat([up for up, _ in pairs], dim=1), torch.cat([down for _, down in pairs])
+
+
+def _rotated(info: TensorInfo, rotation: LowRankRotation, columns: int) -> tuple[Tensor, Tensor]:
+    """The exact B and A of a rotation on a weight, whose rows are read in blocks."""
+    import torch
+
+    with TensorReader() as reader:
+        blocks = []
+        for block in row_blocks(info, rotation.row_multiple):
+            weight = reader.read(info, block).to(torch.float64).reshape(block.stop - block.start, columns)
+            blocks.append(rotation.as_low_rank(weight, block.start))
+    return torch.cat([up for up, _ in blocks]), blocks[0][1]
