@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from ortho_cli.checkpoints.store import open_checkpoint
 from ortho_cli.cli.app import app
+from ortho_cli.cli.demo import STEPS
 from ortho_cli.surgery.small_sd15 import small_sd15
 
 runner = CliRunner()
@@ -190,12 +191,22 @@ def test_the_demo_runs_and_every_command_it_prints_is_one(tmp_path: Path, monkey
     monkeypatch.chdir(tmp_path)
     code, out, err = ortho("demo")
     assert code == 0, err
-    assert len(re.findall(r"^\$ ortho ", out, re.MULTILINE)) >= 9
-    assert (tmp_path / "ortho-demo" / "merged.safetensors").is_file()
+    assert len(re.findall(r"^\$ ortho ", out, re.MULTILINE)) >= 15
+    folder = tmp_path / "ortho-demo"
+    assert (folder / "merged.safetensors").is_file()
+    assert json.loads((folder / "oialr/outcome.json").read_text("utf-8"))["metrics"]["eval/accuracy"] > 0.93
+    sizes = [(folder / f"oialr/export/oialr/{form}/model.safetensors").stat().st_size for form in ("factors", "dense")]
+    assert sizes[0] < 0.6 * sizes[1]
+    place = folder
+    for line in out[out.index("Done. It is all in") :].splitlines()[1:-2]:  # everything that it lists is there
+        name, inner = line.split()[0], line.startswith("    ")
+        place = place if inner else folder / name
+        assert (place / name if inner else place).exists(), line
     assert ortho("demo")[0] == 6
-    (tmp_path / "ortho-demo" / "mine.txt").write_text("keep")
+    (folder / "mine.txt").write_text("keep")
+    monkeypatch.setattr("ortho_cli.cli.demo.STEPS", STEPS[:2])  # to begin anew is the same for all
     assert ortho("demo", "--force")[0] == 0
-    assert (tmp_path / "ortho-demo" / "mine.txt").read_text() == "keep"
+    assert (folder / "mine.txt").read_text() == "keep" and not (folder / "oialr").exists()
 
 
 def test_doctor_finds_a_working_house() -> None:
