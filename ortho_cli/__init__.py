@@ -48,7 +48,9 @@ _API = {
     "parse_hub_id": "checkpoints.hub",
     "read_adapter": "checkpoints.adapters",
     "save_adapter": "methods.adapter_folder",
+    "set_strength": "methods.strength",
     "stability": "linalg.subspace",
+    "unmerge": "surgery.unmerge",
 }
 
 __all__ = [
@@ -56,7 +58,7 @@ __all__ = [
     "TargetError", "TensorReader", "UsageError", "add_adapter", "add_hra", "convert", "diff", "disable_adapter",
     "factorize", "factorize_", "frobenius_decay_", "gor_penalty", "inspect", "load_adapter", "load_factorized", "merge",
     "nog_", "oialr", "olr", "open_checkpoint", "orthogonality_penalty", "parse_hub_id", "read_adapter", "save_adapter",
-    "stability",
+    "set_strength", "stability", "unmerge",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -78,6 +80,7 @@ if TYPE_CHECKING:
     from .methods.nog import nog_
     from .methods.oialr_model import oialr
     from .methods.orthogonality import orthogonality_penalty
+    from .methods.strength import set_strength
     from .surgery.add_hra import add_hra
     from .surgery.convert import convert
     from .surgery.diff import diff
@@ -85,6 +88,7 @@ if TYPE_CHECKING:
     from .surgery.inspect import inspect
     from .surgery.merge import merge
     from .surgery.plan import Report
+    from .surgery.unmerge import unmerge
 
 
 def __getattr__(name: str) -> Any:

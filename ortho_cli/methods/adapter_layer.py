@@ -97,6 +97,7 @@ class AdapterLayer(nn.Module, ABC):
     Attributes:
         fixed_linear: the layer that is adapted, perhaps itself adapted.
         enabled: whether the adapter acts.
+        strength: how far: 0 not at all, 1 as trained; set by `ortho.set_strength`.
         geometry: the layer as a matrix.
     """
 
@@ -106,6 +107,7 @@ class AdapterLayer(nn.Module, ABC):
         super().__init__()
         self.geometry = geometry(base)
         self.enabled = True
+        self.strength = 1.0
         self.fixed_linear = base
 
     def __getattr__(self, name: str) -> Any:
@@ -118,7 +120,21 @@ class AdapterLayer(nn.Module, ABC):
 
     @abstractmethod
     def operator(self) -> Operator:
-        """What this adapter does to the weight `(out, width)` it is put on."""
+        """What this adapter does to the weight `(out, width)` it is put on, at strength 1."""
+
+    def acts(self) -> bool:
+        """Whether the adapter changes anything now.
+
+        Raises:
+            TargetError: a gradient is wanted at another strength than 1: what trains is the whole adapter.
+        """
+        wanted = self.enabled and self.strength != 1 and self.training and torch.is_grad_enabled()
+        if wanted and any(parameter.requires_grad for parameter in self.adapter_parameters()):
+            raise TargetError(
+                f"an adapter at strength {self.strength:g} cannot be trained: its gradients are those of strength 1",
+                hint="ortho.set_strength(model, 1) to train on, model.eval() to use it as it is",
+            )
+        return self.enabled and self.strength != 0
 
     def adapter_parameters(self) -> list[nn.Parameter]:
         """What the adapter trains."""
@@ -145,7 +161,7 @@ class AdapterLayer(nn.Module, ABC):
         return weight.T if self.geometry.kind == "transposed" else weight.flatten(1)
 
     def merged_weight(self) -> Tensor:
-        """The weight with this and all inner adapters in it, computed in at least float32, as `ortho merge` does.
+        """The weight with this and all inner adapters in it, at their strengths, in at least float32: `ortho merge`.
 
         Returns:
             In the shape and type in which the frozen layer keeps its own.
@@ -155,10 +171,10 @@ class AdapterLayer(nn.Module, ABC):
         """
         base = self.fixed_linear
         weight = base.merged_weight() if isinstance(base, AdapterLayer) else stored_weight(self)
-        if not self.enabled:
+        if not self.enabled or self.strength == 0:
             return weight
         wide = weight.detach() if weight.dtype in (torch.float32, torch.float64) else weight.detach().float()
-        operator = self.operator().to(wide.dtype)
+        operator = self.operator().power(self.strength).to(wide.dtype)
         acting = Transposed(operator) if self.geometry.kind == "transposed" else operator
         return acting.apply(wide.flatten(1)).view(weight.shape).to(weight.dtype)
 

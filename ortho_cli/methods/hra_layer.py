@@ -16,6 +16,7 @@ from ortho_cli.linalg.householder import Householder
 from ortho_cli.linalg.reflections import normalize, orthonormalize
 
 from .adapter_layer import AdapterLayer, base_of, beside, convolve, is_sharded, whole
+from .partial_turn import PartialTurn
 from .reflected_weight import low_rank_factors, reflected_output
 from .reflecting import Form, reflect
 
@@ -91,6 +92,7 @@ class HRALayer(AdapterLayer):
         self.name = parameter_name(side, span, eps)
         self.register_parameter(self.name, nn.Parameter(beside(base, vectors)))
         self.register_buffer("hra_start", None if start is None else beside(base, start).to(self.vectors.dtype))
+        self._part = PartialTurn()
         if eps:
             self.register_buffer("hra_eps", torch.tensor(eps, dtype=torch.float64, device=self.vectors.device))
 
@@ -130,7 +132,7 @@ class HRALayer(AdapterLayer):
 
     def times(self, columns: Tensor) -> Tensor:
         """`W D` or `D^T W` times columns."""
-        if not self.enabled:
+        if not self.acts():
             return self.base_times(columns)
         if self.side == "input":
             return self.base_times(self._reflected(columns.T).T)
@@ -138,13 +140,13 @@ class HRALayer(AdapterLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The adapted layer; further arguments are the frozen layer's."""
-        if not self.enabled:
+        if not self.acts():
             found: Tensor = self.fixed_linear(x, *args, **kwargs)
             return found
         if self.side == "output":
             return self._turn_output(self.fixed_linear(x, *args, **kwargs))
         if self.geometry.kind == "conv":
-            up, down = low_rank_factors(self.base_times, self.vectors, form=self.form, start=self.start)
+            up, down = self._low_rank()
             output: Tensor = self.fixed_linear(x, *args, **kwargs)
             return output + convolve(self, x, down, up).to(output.dtype)
         if self._wants_low_rank(x):
@@ -153,7 +155,14 @@ class HRALayer(AdapterLayer):
         turned: Tensor = self.fixed_linear(self._reflected(x), *args, **kwargs)
         return turned
 
+    def _low_rank(self) -> tuple[Tensor, Tensor]:
+        if self.strength != 1:
+            return self._part.of(self).low_rank(self.base_times)
+        return low_rank_factors(self.base_times, self.vectors, form=self.form, start=self.start)
+
     def _reflected(self, x: Tensor, transpose: bool = False) -> Tensor:
+        if self.strength != 1:
+            return self._part.of(self).turn(x, transpose=transpose)
         form = Form(self.form.span, self.form.eps, transpose=True) if transpose else self.form
         return reflect(x, self.vectors, form=form, start=self.start)
 
@@ -161,6 +170,7 @@ class HRALayer(AdapterLayer):
         """Whether backward through the base would be done for the vectors' sake only."""
         return (
             torch.is_grad_enabled()
+            and self.strength == 1
             and not x.requires_grad
             and self.vectors.requires_grad
             and self.geometry.kind != "opaque"

@@ -70,19 +70,19 @@ class LoRALayer(AdapterLayer):
     def times(self, columns: Tensor) -> Tensor:
         """`(W + s B A) columns`."""
         product = self.base_times(columns)
-        if not self.enabled:
+        if not self.acts():
             return product
         up, down = self.lora_B.flatten(1), self.lora_A.flatten(1)
-        return product + self.scale * (up @ (down @ columns.to(down.dtype))).to(product.dtype)
+        return product + self.scale * self.strength * (up @ (down @ columns.to(down.dtype))).to(product.dtype)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The adapted layer; further arguments are the frozen layer's."""
         output: Tensor = self.fixed_linear(x, *args, **kwargs)
-        if not self.enabled:
+        if not self.acts():
             return output
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
-        down, up = self.lora_A.to(x.dtype), (self.scale * self.lora_B).to(x.dtype)
+        down, up = self.lora_A.to(x.dtype), (self.scale * self.strength * self.lora_B).to(x.dtype)
         if self.geometry.kind != "conv":
             return output + F.linear(F.linear(x, down), up)
         return output + convolve(self, x, down, up)
