@@ -12,7 +12,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ortho_cli.checkpoints import layouts
 from ortho_cli.checkpoints.dialects.writing import lora_tensor_names
 from ortho_cli.checkpoints.fingerprint import edge_values, fingerprint_of
 from ortho_cli.checkpoints.layer_pool import LayerPool
@@ -114,9 +113,7 @@ def _adapter(
     """The LoRA: `B = U` and `A = VT`, shaped for Linear or convolution."""
     layers: dict[str, tuple[Factor, Factor]] = {}
     for name, (layer, rank) in chosen.items():
-        kernel = layouts.canonical_shape(f"{layer.canonical}.weight", layer.info.shape)[2:]
-        up = (layer.size.rows, rank, *[1] * len(kernel))
-        down = (rank, layer.info.shape[1], *kernel) if kernel else (rank, layer.size.cols)
+        up, down = layer.lora_shapes(rank)
         layers[layer.canonical] = (
             Factor(up, partial(_shaped, FromPool(pool, name, "U"), up)),
             Factor(down, partial(_shaped, FromPool(pool, name, "VT"), down)),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ortho_cli.checkpoints import targets
 from ortho_cli.checkpoints.factored import factored_layers
 from ortho_cli.checkpoints.globs import compile_glob
-from ortho_cli.checkpoints.layouts import to_canonical
+from ortho_cli.checkpoints.layouts import canonical_shape, to_canonical
 from ortho_cli.checkpoints.matrices import has_conv1d, layer_view
 from ortho_cli.checkpoints.presets import PRESETS, preset_scope
 from ortho_cli.checkpoints.store import Checkpoint
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ortho_cli.linalg.matricize import Matricization
     from ortho_cli.linalg.ranks import LayerSize
 
-__all__ = ["FactorLayer", "Selected", "check_finite", "select_layers"]
+__all__ = ["FactorLayer", "Selected", "check_finite", "check_plain", "select_layers"]
 
 MIN_SIDE = 64  # of a matrix by default: below, factors save next to nothing and lose much
 PIXEL_CHANNELS = 4  # a convolution that reads no more reads pictures or latents
@@ -44,6 +44,12 @@ class FactorLayer:
     info: TensorInfo
     view: Matricization
     size: LayerSize
+
+    def lora_shapes(self, rank: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of up and down of a LoRA, as its Linear or convolution has them."""
+        kernel = canonical_shape(f"{self.canonical}.weight", self.info.shape)[2:]
+        down = (rank, self.info.shape[1], *kernel) if kernel else (rank, self.size.cols)
+        return (self.size.rows, rank, *[1] * len(kernel)), down
 
 
 @dataclass
@@ -71,7 +77,7 @@ def select_layers(
     Raises:
         TargetError: a pattern that matches nothing, nothing that can be factored, or factors or an adapter in it.
     """
-    _check_plain(checkpoint)
+    check_plain(checkpoint)
     shapes = checkpoint.layers()
     chosen, counts, notes = _chosen(checkpoint, shapes, patterns, exclude)
     selected = Selected([], counts, notes=notes)
@@ -116,7 +122,12 @@ def _layer(checkpoint: Checkpoint, name: str, info: TensorInfo, view: Matricizat
     return FactorLayer(name, to_canonical(name, checkpoint.layout), info, view, size)
 
 
-def _check_plain(checkpoint: Checkpoint) -> None:
+def check_plain(checkpoint: Checkpoint) -> None:
+    """Refuse a checkpoint that holds factors or a Householder adapter beside its weights.
+
+    Raises:
+        TargetError: with how to take them in.
+    """
     name = checkpoint.root.name
     if factored_layers(checkpoint):
         raise TargetError(
