@@ -9,6 +9,7 @@ it would make up directions that are not in A.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import isfinite
 from typing import NamedTuple
 
 import torch
@@ -72,11 +73,13 @@ class RightSpectrum(NamedTuple):
     @property
     def rank(self) -> int:
         """Singular values above `RESOLVED` of the largest."""
-        return int((self.values > RESOLVED * self.values[0]).sum())
+        values = self.values.tolist()
+        return sum(value > RESOLVED * values[0] for value in values)
 
     def within(self, condition: float) -> bool:
         """Whether the condition is at most this."""
-        return bool(self.values[-1] * condition >= self.values[0] > 0)
+        largest, smallest = float(self.values[0]), float(self.values[-1])
+        return smallest * condition >= largest > 0
 
 
 def polar_factor(matrix: Tensor, *, method: str = "auto") -> Polar:
@@ -151,7 +154,7 @@ def right_spectrum(tall: Tensor) -> RightSpectrum:
         if found is not None and found.within(MILD):
             return found
     squared = gram(tall, torch.float64)
-    if not bool(squared.diagonal().isfinite().all()):
+    if not isfinite(squared.trace()):
         raise _not_finite(tall)
     return _spectrum(squared)
 

@@ -93,9 +93,12 @@ def gram(side: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     Cost: 5/8 of a general product; memory beyond the result for a few megabytes of rows.
     """
     m, n = side.shape[-2:]
-    total = torch.zeros(*side.shape[:-2], n, n, dtype=dtype or side.dtype, device=side.device)
     width = max(GRAM_WIDTH, -(-n // GRAM_BLOCKS))
     step = max(1, GRAM_ENTRIES // n)
+    if n <= width and m <= step:  # a small matrix, whose calls cost as much as its arithmetic
+        rows = side.to(dtype or side.dtype)
+        return rows.mT @ rows
+    total = torch.zeros(*side.shape[:-2], n, n, dtype=dtype or side.dtype, device=side.device)
     for top in range(0, m, step):
         rows = side[..., top : top + step, :].to(total.dtype)
         for left in range(0, n, width):
