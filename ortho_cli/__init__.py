@@ -32,6 +32,7 @@ _API = {
     "convert": "surgery.convert",
     "diff": "surgery.diff",
     "disable_adapter": "methods.adapter_layer",
+    "extract": "surgery.extract",
     "factorize": "surgery.factorize",
     "factorize_": "methods.factorized_model",
     "frobenius_decay_": "methods.frobenius_decay",
@@ -56,9 +57,9 @@ _API = {
 __all__ = [
     "Adapter", "Checkpoint", "CheckpointError", "NumericsError", "OrthoError", "OutputError", "RecipeError", "Report",
     "TargetError", "TensorReader", "UsageError", "add_adapter", "add_hra", "convert", "diff", "disable_adapter",
-    "factorize", "factorize_", "frobenius_decay_", "gor_penalty", "inspect", "load_adapter", "load_factorized", "merge",
-    "nog_", "oialr", "olr", "open_checkpoint", "orthogonality_penalty", "parse_hub_id", "read_adapter", "save_adapter",
-    "set_strength", "stability", "unmerge",
+    "extract", "factorize", "factorize_", "frobenius_decay_", "gor_penalty", "inspect", "load_adapter",
+    "load_factorized", "merge", "nog_", "oialr", "olr", "open_checkpoint", "orthogonality_penalty", "parse_hub_id",
+    "read_adapter", "save_adapter", "set_strength", "stability", "unmerge",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -84,6 +85,7 @@ if TYPE_CHECKING:
     from .surgery.add_hra import add_hra
     from .surgery.convert import convert
     from .surgery.diff import diff
+    from .surgery.extract import extract
     from .surgery.factorize import factorize
     from .surgery.inspect import inspect
     from .surgery.merge import merge

@@ -128,7 +128,7 @@ def test_registry_entries_resolve() -> None:
 
 VERBS = [
     [], ["inspect"], ["add-hra"], ["factorize"], ["merge"], ["convert"], ["train"], ["sweep"], ["evaluate"],
-    ["doctor"], ["demo"],
+    ["extract"], ["doctor"], ["demo"],
     ["bench"], ["bench", "surgery"], ["bench", "gor"], ["bench", "hra"],
     ["bench", "frobenius"], ["bench", "factorize"], ["bench", "polar"], ["bench", "stability"], ["bench", "oialr"],
     ["bench", "nog"],

@@ -22,6 +22,7 @@ from ortho_cli.cli import (
     demo,
     doctor,
     evaluate,
+    extract,
     factorize,
     inspect,
     merge,
@@ -127,6 +128,7 @@ app.command("inspect", rich_help_panel=CHECKPOINTS)(inspect.inspect)
 app.command("add-hra", rich_help_panel=CHECKPOINTS)(add_hra.add_hra)
 app.command("factorize", rich_help_panel=CHECKPOINTS)(factorize.factorize)
 app.command("merge", rich_help_panel=CHECKPOINTS)(merge.merge)
+app.command("extract", rich_help_panel=CHECKPOINTS)(extract.extract)
 app.command("convert", rich_help_panel=CHECKPOINTS)(convert.convert)
 app.command("train", rich_help_panel=TRAINING)(train.train)
 app.command("sweep", rich_help_panel=TRAINING)(sweep.sweep)

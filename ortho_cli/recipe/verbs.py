@@ -26,8 +26,8 @@ from ortho_cli.recipe.shipped import find
 from ortho_cli.recipe.write import plain_data, to_yaml, write_recipe
 
 __all__ = [
-    "TRAIN_KEYS", "VERBS", "Adapter", "AddHRA", "Convert", "Factorize", "Merge", "VerbRecipe", "check_verb", "command",
-    "is_training", "load_verb", "save_verb",
+    "TRAIN_KEYS", "VERBS", "Adapter", "AddHRA", "Convert", "Extract", "Factorize", "Merge", "VerbRecipe", "check_verb",
+    "command", "is_training", "load_verb", "save_verb",
 ]  # fmt: skip
 
 # What a recipe without `verb` is known by; the schema of these is in `train`, which a verb need not import.
@@ -43,6 +43,7 @@ def _pattern_rank(text: str) -> str:
 _RANK_RULES = ("rank", "rank_scale", "target_ratio", "energy", "max_error", "budget")
 Ratio = Annotated[float, Field(gt=0, le=1)]
 PatternRank = Annotated[str, AfterValidator(_pattern_rank)]
+Ranks = Count | Annotated[list[Count | PatternRank], Field(min_length=1)]
 ShardSize = Annotated[Text | None, Field(description="Split larger outputs into files of at most this size, e.g. 5GB.")]
 Output = Annotated[Text | None, Field(description="The file or folder to write.")]
 
@@ -91,6 +92,25 @@ class Merge(VerbRecipe):
     exact: bool = Field(default=False, description="Compute in float64 instead of float32.")
     dtype: Literal["keep", "fp16", "bf16", "fp32"] = Field(default="keep", description="Type of the written weights.")
     max_shard_size: ShardSize = None
+
+
+class Extract(VerbRecipe):
+    """Extract an adapter from a fine-tuned checkpoint."""
+
+    verb: Literal["extract"]
+    base: Text = Field(description="The checkpoint that was fine-tuned.")
+    tuned: Text = Field(description="What became of it, in any layout.")
+    output: Output = None
+    kind: Literal["hra", "lora", "both"] = Field(default="hra", description="A rotation, a low-rank sum, or both.")
+    rank: Ranks | None = Field(default=None, description="Of a layer, null: 8; in a list, 'pattern=rank' for some.")
+    energy: Ratio | None = Field(default=None, description="Instead: share of each layer's squared change to keep.")
+    targets: list[Text] | None = Field(default=None, description="Patterns or presets; null: all that differ.")
+    exclude: list[Text] = Field(default=[], description="Patterns of layers to leave out.")
+
+    def problems(self) -> Iterator[Rejection]:
+        """One of the two says how much is kept."""
+        if self.rank is not None and self.energy is not None:
+            yield ("energy",), "says how much to keep, as rank does: give one of them"
 
 
 class Convert(VerbRecipe):
@@ -149,7 +169,8 @@ class Factorize(VerbRecipe):
 
 
 VERBS: dict[str, type[VerbRecipe]] = {
-    "add-hra": AddHRA, "factorize": Factorize, "merge": Merge, "convert": Convert, **ANALYSES,
+    "add-hra": AddHRA, "factorize": Factorize, "merge": Merge, "convert": Convert,
+    "extract": Extract, **ANALYSES,
 }  # fmt: skip
 
 
