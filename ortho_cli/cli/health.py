@@ -6,6 +6,7 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import shutil
 import sys
 import urllib.request
@@ -15,17 +16,9 @@ from pathlib import Path
 
 __all__ = ["Check", "examine"]
 
-EXTRAS = {
-    "diffusion": ("diffusers", "transformers"),
-    "text": ("transformers", "datasets", "sacrebleu"),
-    "vision": ("datasets", "kornia"),
-    "eval": ("torchmetrics", "cv2"),
-    "test": ("pytest", "hypothesis", "peft"),
-}
-CORE = (
-    "torch", "numpy", "safetensors", "huggingface-hub", "accelerate", "typer", "rich", "pyyaml", "pydantic",
-    "scikit-learn", "matplotlib", "plotly",
-)  # fmt: skip
+DISTRIBUTION = "ortho-cli"
+ALL = "all"  # the extra that is the others together
+MODULES = {"opencv-python-headless": "cv2"}  # what other distributions bring, too
 OLDEST_TORCH = (2, 10)  # CVE-2026-24747
 HUB_SECONDS = 5.0
 SELF_TEST_ERROR = 1e-10  # float64 at these sizes errs by 1e-14; 1e-10 is another precision
@@ -49,14 +42,42 @@ def examine(*, reach_hub: bool = True) -> list[Check]:
 
 def _versions() -> Iterator[Check]:
     yield Check("python", "ok", f"{platform.python_version()} ({sys.executable})")
-    for name in CORE:
-        try:
-            version = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
+    try:
+        core = requirements()[""]
+    except importlib.metadata.PackageNotFoundError:
+        yield Check(DISTRIBUTION, "note", "not installed: its requirements are not known", "pip install -e .")
+        core = ["torch"]
+    for name in core:
+        version = _version(name)
+        if version is None:
             yield Check(name, "broken", "missing", f"pip install {name}")
             continue
         old = name == "torch" and tuple(int(part) for part in version.split(".")[:2]) < OLDEST_TORCH
         yield Check(name, "broken" if old else "ok", version, "pip install 'torch>=2.10'" if old else None)
+
+
+def requirements() -> dict[str, list[str]]:
+    """The distributions that the installed package asks for, by extra; "" are those that it cannot do without.
+
+    Raises:
+        PackageNotFoundError: it runs from a source tree that is not installed.
+    """
+    found: dict[str, list[str]] = {"": []}
+    for line in importlib.metadata.requires(DISTRIBUTION) or []:
+        name, extra = re.match(r"[\w.-]+", line), re.search(r"extra == ['\"]([\w-]+)", line)
+        if name is not None and name[0] != DISTRIBUTION:
+            found.setdefault(extra[1] if extra else "", []).append(name[0])
+    found.pop(ALL, None)
+    return found
+
+
+def _version(distribution: str) -> str | None:
+    """The installed version; None: it is missing."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        module = MODULES.get(distribution)
+        return "of another distribution" if module and importlib.util.find_spec(module) else None
 
 
 def _devices() -> Iterator[Check]:
@@ -74,10 +95,14 @@ def _devices() -> Iterator[Check]:
 
 
 def _extras() -> Iterator[Check]:
-    for extra, modules in EXTRAS.items():
-        missing = [module for module in modules if importlib.util.find_spec(module) is None]
+    try:
+        extras = {extra: names for extra, names in requirements().items() if extra}
+    except importlib.metadata.PackageNotFoundError:
+        return  # said with the versions
+    for extra, names in extras.items():
+        missing = [name for name in names if _version(name) is None]
         if missing:
-            install = f"pip install 'ortho-cli[{extra}]'"
+            install = f"pip install '{DISTRIBUTION}[{extra}]'"
             yield Check(f"extra [{extra}]", "note", f"lacks {', '.join(missing)}", install)
         else:
             yield Check(f"extra [{extra}]", "ok", "installed")

@@ -15,7 +15,7 @@ from math import isfinite
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ortho_cli.errors import NumericsError, RecipeError, TargetError, UsageError
+from ortho_cli.errors import NumericsError, RecipeError, TargetError, UsageError, check_choice
 from ortho_cli.recipe.train import TrainRecipe, load_train
 
 from .log import read_lines
@@ -24,7 +24,18 @@ from .run import Interrupted, Outcome, train
 from .run_folder import RECIPE
 from .sweep_report import write_report
 from .sweep_space import Param, check_space, parse_params, trial_recipe
-from .sweep_study import FOLDER, REASON, TrialRecord, forget, need_optuna, open_study, queue_again, records
+from .sweep_study import (
+    DIRECTIONS,
+    FOLDER,
+    REASON,
+    SAMPLERS,
+    TrialRecord,
+    forget,
+    need_optuna,
+    open_study,
+    queue_again,
+    records,
+)
 
 if TYPE_CHECKING:
     import optuna
@@ -79,10 +90,9 @@ def plan_sweep(
         storage: a database URL; None: a file in the recipe's folder.
 
     Raises:
-        UsageError: something that contradicts itself, or Optuna is missing.
+        UsageError: something that contradicts itself.
         RecipeError: the recipe, a key or a value.
     """
-    need_optuna()
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UsageError(
             "a sweep runs its trials in one process each",
@@ -90,6 +100,8 @@ def plan_sweep(
         )
     if trials < 1:
         raise UsageError(f"--trials {trials}: run one at least")
+    check_choice("--sampler", sampler, SAMPLERS)
+    check_choice("--direction", direction, DIRECTIONS)
     if not metric.startswith("eval/"):
         raise UsageError(f"--metric {metric} is no evaluation", hint="e.g. eval/accuracy, eval/loss")
     recipe, found = load_train(source, sets), parse_params(params)
@@ -113,9 +125,11 @@ def run_sweep(
 
     Raises:
         Interrupted: by a signal; the trial's state is saved, the same command goes on.
+        UsageError: Optuna is missing.
         NumericsError: no trial was complete.
         OrthoError: as `run.train`, and what `open_study` raises.
     """
+    need_optuna()
     study = open_study(sweep.recipe, sweep.params, sweep.metric, sweep.direction, sweep.sampler, sweep.storage)
     objective = _Objective(sweep, observe)
     try:

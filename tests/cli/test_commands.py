@@ -217,6 +217,20 @@ def test_doctor_finds_a_working_house() -> None:
     assert not any("hf_" in str(check["found"]) for check in report["details"])
 
 
+def test_doctor_knows_what_the_package_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The installed metadata, of whatever builder: the extra `all` as one name or as all of them."""
+    from ortho_cli.cli import health
+
+    asked = ["torch>=2.10", "Some.Thing", "optuna>=5; extra == 'sweep'", 'no-such-one>=1; extra == "sweep"',
+             "ortho-cli[sweep]; extra == 'all'", "optuna>=5; extra == 'all'"]  # fmt: skip
+    monkeypatch.setattr(health.importlib.metadata, "requires", lambda name: asked if name == "ortho-cli" else None)
+    assert health.requirements() == {"": ["torch", "Some.Thing"], "sweep": ["optuna", "no-such-one"]}
+    checks = {check.name: check for check in health.examine(reach_hub=False)}
+    assert checks["torch"].status == "ok" and checks["Some.Thing"].status == "broken"
+    assert "no-such-one" in checks["extra [sweep]"].found
+    assert checks["extra [sweep]"].hint == "pip install 'ortho-cli[sweep]'" and "extra [all]" not in checks
+
+
 @pytest.mark.parametrize(
     ("repo", "offline", "token", "code", "message"),
     [

@@ -212,16 +212,26 @@ def test_refusals(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             planned(tmp_path / "y", **options)
     for options in ({"sampler": "grid"}, {"direction": "up"}):
         with pytest.raises(UsageError, match="none of"):
-            run_sweep(planned(tmp_path / "z", **options))
+            planned(tmp_path / "z", **options)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UsageError, match="one process each"):
         planned(tmp_path / "y")
     monkeypatch.delenv("WORLD_SIZE")
-    monkeypatch.setitem(sys.modules, "optuna", None)
-    with pytest.raises(UsageError, match="needs Optuna") as caught:
-        planned(tmp_path / "y")
-    assert caught.value.hint == "pip install 'ortho-cli[sweep]'"
     assert "secret" not in shown_storage("postgresql://me:secret@host/db")
+
+
+def test_what_is_searched_is_checked_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("optuna", "sqlalchemy.engine"):
+        monkeypatch.setitem(sys.modules, name, None)
+    words = ["sweep", "quickstart", "--set", f"run.dir={tmp_path / 'y'}", "--dry-run"]
+    storage = ["--storage", "postgresql://me:secret@host/db"]
+    result = CliRunner().invoke(app, [*words, "--param", "optimizer.lr=log:1e-2..1", *storage])
+    assert result.exit_code == 0 and "log:0.01..1" in result.stdout and "secret" not in result.output
+    result = CliRunner().invoke(app, [*words, "--param", "optimizer.rate=log:1e-2..1"])
+    assert result.exit_code == 3 and "--param optimizer.rate" in result.stderr
+    with pytest.raises(UsageError, match="needs Optuna") as caught:
+        run_sweep(planned(tmp_path / "y"))
+    assert caught.value.hint == "pip install 'ortho-cli[sweep]'" and not (tmp_path / "y").exists()
 
 
 def test_one_database_for_two_sweeps(tmp_path: Path) -> None:
