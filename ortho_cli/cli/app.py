@@ -29,6 +29,7 @@ from ortho_cli.cli import (
     recipe,
     sweep,
     train,
+    unmerge,
 )
 from ortho_cli.errors import OrthoError, UsageError
 
@@ -128,6 +129,7 @@ app.command("inspect", rich_help_panel=CHECKPOINTS)(inspect.inspect)
 app.command("add-hra", rich_help_panel=CHECKPOINTS)(add_hra.add_hra)
 app.command("factorize", rich_help_panel=CHECKPOINTS)(factorize.factorize)
 app.command("merge", rich_help_panel=CHECKPOINTS)(merge.merge)
+app.command("unmerge", rich_help_panel=CHECKPOINTS)(unmerge.unmerge)
 app.command("extract", rich_help_panel=CHECKPOINTS)(extract.extract)
 app.command("convert", rich_help_panel=CHECKPOINTS)(convert.convert)
 app.command("train", rich_help_panel=TRAINING)(train.train)

@@ -104,22 +104,37 @@ def required(values: Mapping[str, Any], usage: str, *names: str) -> None:
 
 def _from_recipe(key: str, value: Any) -> Any:
     if key == "adapters":
-        return [item["path"] for item in value]
-    if key == "rank":
+        return [(item["path"], item.get("strength", 1.0)) for item in value]
+    if key in ("rank", "strength"):
         return [str(item) for item in value] if isinstance(value, list) else [str(value)]
     if key == "format":
         return ",".join(value)
-    return Path(value) if key == "output" and value is not None else value
+    return Path(value) if key in ("output", "undo", "keep_undo") and value is not None else value
 
 
 def _to_recipe(key: str, value: Any) -> Any:
     if key == "adapters":
-        return [{"path": str(item)} for item in value]
-    if key == "rank":
-        ranks = [int(item) if str(item).isdigit() else item for item in value]
-        return ranks[0] if len(ranks) == 1 and isinstance(ranks[0], int) else ranks
+        return [_adapter(item) for item in value]
+    if key in ("rank", "strength"):
+        several = [item if "=" in str(item) else _number(item, int if key == "rank" else float) for item in value]
+        return several[0] if len(several) == 1 and not isinstance(several[0], str) else several
     if key == "format":
         return [word.strip() for word in value.split(",") if word.strip()]
     if isinstance(value, (list, tuple)):
         return [item if isinstance(item, int) else str(item) for item in value]
     return str(value) if isinstance(value, Path) else value
+
+
+def _adapter(item: Any) -> dict[str, Any]:
+    from ortho_cli.surgery.strengths import split_strength
+
+    path, strength = split_strength(item)
+    return {"path": str(path), **({"strength": strength} if strength != 1 else {})}
+
+
+def _number(text: Any, kind: Callable[[str], Any]) -> Any:
+    """A number as YAML has it; what is none is for the verb, or the recipe's schema, to refuse."""
+    try:
+        return kind(str(text))
+    except ValueError:
+        return str(text)

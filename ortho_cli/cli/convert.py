@@ -20,12 +20,13 @@ from ortho_cli.cli.options import (
     QuietOption,
     RecipeOption,
     SaveRecipeOption,
+    StrengthOption,
     VerboseOption,
 )  # fmt: skip
 
 __all__ = ["convert"]
 
-USAGE = "ortho convert ADAPTER|CHECKPOINT -o OUT --to FORM"
+USAGE = "ortho convert ADAPTER|CHECKPOINT -o OUT --to FORM, or ortho convert ADAPTER -o OUT --strength S"
 
 
 def convert(
@@ -47,6 +48,7 @@ def convert(
         str | None,
         typer.Option("--base", metavar="BASE", help="Its base; HRA to LoRA needs it.", rich_help_panel=METHOD),
     ] = None,
+    strength: StrengthOption = None,
     recipe: RecipeOption = None,
     save_recipe: SaveRecipeOption = None,
     force: ForceOption = False,
@@ -63,12 +65,15 @@ def convert(
     Example: ortho convert my-hra-adapter --to kohya-lora --base v1-5.safetensors -o my-lora.safetensors
     """
     values = gather(ctx, "convert")
-    required(values, USAGE, "input", "output", "to")
+    required(values, USAGE, "input", "output", *(() if values["strength"] else ("to",)))
     from ortho_cli.cli.carry import carry
 
     def plan() -> object:
         from ortho_cli.surgery.convert import plan_convert
 
-        return plan_convert(values["input"], values["output"], values["to"], base=values["base"], force_base=force)
+        return plan_convert(
+            values["input"], values["output"], values["to"], base=values["base"], strength=values["strength"] or (),
+            force_base=force,
+        )  # fmt: skip
 
     carry(ctx, plan)

@@ -12,7 +12,7 @@ from ortho_cli.cli.completion import presets, recipes, words
 __all__ = [
     "FORMATS", "DebugOption", "DryRunOption", "ExcludeOption", "FailAboveOption", "FailBelowOption", "ForceOption",
     "FormatOption", "JsonOption", "LayersOption", "OutputOption", "PrivateOption", "PushOption", "QuietOption",
-    "RecipeOption", "SaveRecipeOption", "ShardOption", "VerboseOption", "WorkersOption",
+    "RecipeOption", "SaveRecipeOption", "ShardOption", "StrengthOption", "VerboseOption", "WorkersOption",
 ]  # fmt: skip
 
 METHOD, TARGETS, OUTPUT = "Method", "Targets", "Output"
@@ -65,6 +65,15 @@ ShardOption = Annotated[
 ]
 JsonOption = Annotated[
     bool, typer.Option("--json", help="Print one JSON object instead of a table.", rich_help_panel=OUTPUT)
+]
+StrengthOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--strength",
+        metavar="S|PATTERN=S",
+        help="0 is the base, 1 the adapter as trained; geodesic for rotations, else linear; repeatable.",
+        rich_help_panel=METHOD,
+    ),
 ]
 VerboseOption = Annotated[bool, typer.Option("-v", "--verbose", help="List every layer.", rich_help_panel=OUTPUT)]
 QuietOption = Annotated[bool, typer.Option("-q", "--quiet", help="No table, no progress bar.", rich_help_panel=OUTPUT)]

@@ -26,8 +26,8 @@ from ortho_cli.recipe.shipped import find
 from ortho_cli.recipe.write import plain_data, to_yaml, write_recipe
 
 __all__ = [
-    "TRAIN_KEYS", "VERBS", "Adapter", "AddHRA", "Convert", "Extract", "Factorize", "Merge", "VerbRecipe", "check_verb",
-    "command", "is_training", "load_verb", "save_verb",
+    "TRAIN_KEYS", "VERBS", "Adapter", "AddHRA", "Convert", "Extract", "Factorize", "Merge", "Unmerge",
+    "VerbRecipe", "check_verb", "command", "is_training", "load_verb", "save_verb",
 ]  # fmt: skip
 
 # What a recipe without `verb` is known by; the schema of these is in `train`, which a verb need not import.
@@ -40,10 +40,21 @@ def _pattern_rank(text: str) -> str:
     return text
 
 
+def _pattern_strength(text: str) -> str:
+    if not re.fullmatch(r".+=[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", text):
+        raise ValueError(f"expected a number or 'pattern=number', found {text!r}")
+    return text
+
+
 _RANK_RULES = ("rank", "rank_scale", "target_ratio", "energy", "max_error", "budget")
 Ratio = Annotated[float, Field(gt=0, le=1)]
 PatternRank = Annotated[str, AfterValidator(_pattern_rank)]
 Ranks = Count | Annotated[list[Count | PatternRank], Field(min_length=1)]
+Strength = Annotated[float, Field(allow_inf_nan=False)]
+Strengths = Annotated[
+    Strength | list[Strength | Annotated[str, AfterValidator(_pattern_strength)]],
+    Field(description="Of all adapters; in a list, 'pattern=number' speaks for some layers and the last wins."),
+]
 ShardSize = Annotated[Text | None, Field(description="Split larger outputs into files of at most this size, e.g. 5GB.")]
 Output = Annotated[Text | None, Field(description="The file or folder to write.")]
 
@@ -80,6 +91,7 @@ class Adapter(Section):
     """One adapter of a merge."""
 
     path: Text = Field(description="A PEFT folder or an adapter file of any readable dialect.")
+    strength: Strength = Field(default=1.0, description="0 is the base, 1 the adapter as it was trained.")
 
 
 class Merge(VerbRecipe):
@@ -89,8 +101,23 @@ class Merge(VerbRecipe):
     base: Text = Field(description="The checkpoint to fold into.")
     adapters: list[Adapter] = Field(default=[], description="Folded in this order; none: the HRA that the base holds.")
     output: Output = None
+    strength: Strengths = 1.0
     exact: bool = Field(default=False, description="Compute in float64 instead of float32.")
     dtype: Literal["keep", "fp16", "bf16", "fp32"] = Field(default="keep", description="Type of the written weights.")
+    max_shard_size: ShardSize = None
+    keep_undo: Text | None = Field(default=None, description="A file to write, from which unmerge restores the base.")
+
+
+class Unmerge(VerbRecipe):
+    """Restore the base of a merged checkpoint."""
+
+    verb: Literal["unmerge"]
+    merged: Text = Field(description="The checkpoint that adapters were folded into.")
+    adapters: list[Adapter] = Field(default=[], description="Without an undo file: what was folded, in the same order.")
+    output: Output = None
+    undo: Text | None = Field(default=None, description="What merge's keep_undo wrote: every byte comes back.")
+    strength: Strengths = 1.0
+    exact: bool = Field(default=False, description="Compute the inverses in float64 instead of float32.")
     max_shard_size: ShardSize = None
 
 
@@ -119,19 +146,23 @@ class Convert(VerbRecipe):
     verb: Literal["convert"]
     input: Text = Field(description="The adapter or checkpoint to convert.")
     output: Output = None
-    to: Literal[
-        "peft-hra",
-        "peft-lora",
-        "kohya-lora",
-        "diffusers-lora",
-        "hra-repo",
-        "ldm",
-        "diffusers",
-        "base",
-        "dense",
-        "safetensors",
-    ] = Field(description="The format to write.")
+    to: (
+        Literal[
+            "peft-hra",
+            "peft-lora",
+            "kohya-lora",
+            "diffusers-lora",
+            "hra-repo",
+            "ldm",
+            "diffusers",
+            "base",
+            "dense",
+            "safetensors",
+        ]
+        | None
+    ) = Field(default=None, description="The format to write; null: an adapter's own, at another strength.")
     base: Text | None = Field(default=None, description="The base of the adapter, where the format needs its weights.")
+    strength: Strengths = 1.0
 
 
 class Factorize(VerbRecipe):
@@ -169,8 +200,8 @@ class Factorize(VerbRecipe):
 
 
 VERBS: dict[str, type[VerbRecipe]] = {
-    "add-hra": AddHRA, "factorize": Factorize, "merge": Merge, "convert": Convert,
-    "extract": Extract, **ANALYSES,
+    "add-hra": AddHRA, "factorize": Factorize, "merge": Merge, "unmerge": Unmerge,
+    "extract": Extract, "convert": Convert, **ANALYSES,
 }  # fmt: skip
 
 

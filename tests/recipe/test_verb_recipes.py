@@ -26,10 +26,15 @@ FULL: dict[str, dict[str, Any]] = {
         "targets": ["**"], "exclude": ["mid.*"], "as": "dense", "method": "svd", "report": "pictures",
     },
     "merge": {
-        "base": "org/name@rev:file", "adapters": [{"path": "1e-4"}, {"path": "b"}], "output": "out.safetensors",
-        "exact": True, "dtype": "bf16", "max_shard_size": "500MB",
+        "base": "org/name@rev:file", "adapters": [{"path": "1e-4"}, {"path": "b=0.3", "strength": -0.5}],
+        "output": "out.safetensors", "strength": [0.7, "up_blocks.**=.3", "a=b=-1.5e-2"], "exact": True,
+        "dtype": "bf16", "max_shard_size": "500MB", "keep_undo": "undo.safetensors",
     },
-    "convert": {"input": "x", "output": "y.safetensors", "to": "kohya-lora", "base": "z"},
+    "unmerge": {
+        "merged": "m", "adapters": [{"path": "b", "strength": 2.0}], "output": "out", "undo": None, "strength": 0.5,
+        "exact": True, "max_shard_size": "500MB",
+    },
+    "convert": {"input": "x", "output": "y.safetensors", "to": "kohya-lora", "base": "z", "strength": [0.5]},
     "analyze-stability": {
         "series": ["run", "step*.safetensors"], "output": "out", "revisions": "step*", "lag": [1, 5],
         "reference": None, "top_rank": 8, "threshold": 0.9, "patience": 3, "targets": ["**.attn.**"],
@@ -58,8 +63,14 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "budget": None, "budget_unit": None, "calibrate": None, "samples": 256, "targets": None, "exclude": [],
         "as": "factors", "method": "auto", "report": None,
     },
-    "merge": {"adapters": [], "output": None, "exact": False, "dtype": "keep", "max_shard_size": None},
-    "convert": {"output": None, "base": None},
+    "merge": {
+        "adapters": [], "output": None, "strength": 1.0, "exact": False, "dtype": "keep", "max_shard_size": None,
+        "keep_undo": None,
+    },
+    "unmerge": {
+        "adapters": [], "output": None, "undo": None, "strength": 1.0, "exact": False, "max_shard_size": None,
+    },
+    "convert": {"output": None, "to": None, "base": None, "strength": 1.0},
     "analyze-stability": {
         "output": "stability-report", "revisions": None, "lag": None, "reference": None, "top_rank": None,
         "threshold": 0.95, "patience": 2, "targets": None, "exclude": [], "split_qkv": False, "split_heads": None,
@@ -81,7 +92,8 @@ LEAST = {
     "add-hra": "checkpoint: x\n",
     "factorize": "checkpoint: x\n",
     "merge": "base: x\n",
-    "convert": "input: x\nto: ldm\n",
+    "unmerge": "merged: x\n",
+    "convert": "input: x\n",
     "analyze-stability": "series: [x]\n",
     "analyze-orthogonality": "checkpoint: x\n",
     "analyze-adapter": "base: x\nadapter: y\n",
@@ -133,7 +145,7 @@ def test_saved_and_loaded_is_the_same(path: Path, verb: str) -> None:
 
 
 def test_every_value_of_every_choice_survives(path: Path) -> None:
-    formats = any_schema("convert")["properties"]["to"]["enum"]
+    formats = any_schema("convert")["properties"]["to"]["anyOf"][0]["enum"]
     assert len(formats) == 10
     for to in formats:
         save_verb(path, "convert", {"input": "x", "to": to}, force=True)

@@ -8,10 +8,9 @@ import pytest
 
 from ortho_cli.errors import RecipeError
 from ortho_cli.recipe.catalog import load_any
+from ortho_cli.recipe.verbs import VERBS
 
-LISTED = (
-    "add-hra, factorize, merge, convert, analyze-stability, analyze-orthogonality, analyze-adapter, analyze-spectrum"
-)
+LISTED = ", ".join(VERBS)
 
 
 @pytest.fixture
@@ -113,7 +112,7 @@ def test_version_and_verb(path: Path, text: str, expected: str) -> None:
         (
             "merge",
             "base: x\nadapters:\n  - path: a\n    strenght: 1\n",
-            "6: adapters.0.strenght: no such key here; known: path",
+            "6: adapters.0.strenght: no such key; did you mean 'strength'?",
         ),
         ("merge", "base: 12\n", "3: base: expected text, found 12 (put it in quotes)"),
         ("merge", "base: ''\n", "3: base: String should have at least 1 character, found ''"),
@@ -122,7 +121,22 @@ def test_version_and_verb(path: Path, text: str, expected: str) -> None:
             "base: x\ndtype: fp61\n",
             "4: dtype: expected keep, fp16, bf16 or fp32, found 'fp61'; did you mean 'fp16'?",
         ),
-        ("convert", "input: x\n", "1: to: missing"),
+        ("convert", "to: ldm\n", "1: input: missing"),
+        (
+            "merge",
+            "base: x\nstrength: [1, 'up=much']\n",
+            "4: strength.1: expected a number or 'pattern=number', found 'up=much'",
+        ),
+        (
+            "merge",
+            "base: x\nadapters:\n  - path: a\n    strength: .inf\n",
+            "6: adapters.0.strength: expected a finite number, found inf",
+        ),
+        (
+            "unmerge",
+            "merged: x\nstrength: half\n",
+            "4: strength: expected a number or a list, found 'half' (write a list: [item, ...])",
+        ),
         (
             "convert",
             "input: x\nto: peft-lroa\n",
