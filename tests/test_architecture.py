@@ -133,7 +133,7 @@ VERBS = [
     ["bench", "frobenius"], ["bench", "factorize"], ["bench", "polar"], ["bench", "stability"], ["bench", "oialr"],
     ["bench", "nog"],
     ["analyze"], ["analyze", "runs"], ["analyze", "spectrum"], ["analyze", "stability"],
-    ["analyze", "orthogonality"], ["analyze", "adapter"],
+    ["analyze", "orthogonality"], ["analyze", "adapter"], ["analyze", "conditioning"],
     ["recipe"], ["recipe", "list"], ["recipe", "show"], ["recipe", "check"], ["recipe", "schema"], ["recipe", "copy"],
 ]  # fmt: skip
 

@@ -6,6 +6,8 @@ import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
+from .conditioning import METHOD as CONDITIONING
+from .conditioning import conditioning_parts
 from .figure import Curves, Line
 from .metric_names import is_share, metric_title, metric_value, slug, tail
 from .model_card import CARD, card_text
@@ -55,6 +57,7 @@ def run_report(run: Run) -> Report:
         facts.append(Fact(f"{run.step:,}", "steps so far: the run is not finished"))
     report = Report(run.title, recipe_line(run.recipe), tuple(facts))
     report.section("Training", _training(run))
+    report.section("Conditioning", conditioning_parts(run))
     report.section("Methods", _methods(run))
     report.section("Speed", _speed(run))
     report.section("Results", [results_table(run)] if evaluated else [])
@@ -116,7 +119,9 @@ def curves(run: Run, quantity: str, names: list[str]) -> Curves:
 def _methods(run: Run) -> Iterator[Part]:
     """A picture for each scalar of a method that changes; those that stay as they are in a table."""
     constant: list[tuple[object, ...]] = []
-    for name in (name for name in run.metrics if name.startswith("method/")):
+    for name in run.metrics:
+        if not name.startswith("method/") or name.startswith(CONDITIONING):
+            continue
         series = run.metrics[name]
         if len(set(series.values)) == 1:
             constant.append((metric_title(name), series.final))

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from ortho_cli.cli.adapter import analyze_adapter
+from ortho_cli.cli.conditioning import analyze_conditioning
 from ortho_cli.cli.options import (
     FORMATS,
     OUTPUT,
@@ -38,6 +39,7 @@ app.command("spectrum")(analyze_spectrum)
 app.command("stability")(analyze_stability)
 app.command("orthogonality")(analyze_orthogonality)
 app.command("adapter")(analyze_adapter)
+app.command("conditioning")(analyze_conditioning)
 
 
 @app.command("runs")
