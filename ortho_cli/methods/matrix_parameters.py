@@ -39,6 +39,11 @@ class MatrixParameter:
         """As it is now; None where another method has taken it away."""
         return self.owner._parameters.get(self.attribute)
 
+    @property
+    def trains(self) -> bool:
+        """Whether it is there and learns."""
+        return self.parameter is not None and self.parameter.requires_grad
+
 
 def matrix_parameters(model: nn.Module) -> dict[str, MatrixParameter]:
     """Every parameter of two and more dimensions, in model order, a shared one once; frozen ones too.
@@ -82,18 +87,17 @@ class MatrixMethod(Method):
         Raises:
             TargetError: a pattern that matches nothing, or nothing that trains.
         """
-        found = matrix_parameters(model)
-        names = dict.fromkeys(name for layers in self.chosen(model).values() for name in layers)
-        training = [name for name in names if (own := found[name].parameter) is not None and own.requires_grad]
-        if not training:
+        names = {name for layers in self.chosen(model).values() for name in layers}
+        chosen = [each for name, each in matrix_parameters(model).items() if name in names]
+        self.matrices = [each for each in chosen if each.trains]
+        if not self.matrices:
             raise TargetError(
-                f"{self.name} chose {len(names)} layers, none of which trains: {_first(list(names))}",
+                f"{self.name} chose {len(chosen)} layers, none of which trains: {_first(chosen)}",
                 hint=f"put {self.name} after the method that adds what trains, or choose other layers",
             )
-        self.matrices = [found[name] for name in found if name in set(training)]
-        left = len(names) - len(training)
+        left = len(chosen) - len(self.matrices)
         frozen = f"; {left} left out, frozen" if left else ""
-        self.notes.append(f"acts on {len(training)} layers: {_first([each.name for each in self.matrices])}{frozen}")
+        self.notes.append(f"acts on {len(self.matrices)} layers: {_first(self.matrices)}{frozen}")
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """None of its own; asked once all methods have had their way with the model, so the place to look again.
@@ -114,14 +118,14 @@ class MatrixMethod(Method):
     def _present(self, model: nn.Module) -> list[nn.Parameter]:
         """The chosen parameters that are still the model's and train."""
         own = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
-        now = {each.name: each.parameter for each in self.matrices}
-        self._lost = [name for name, parameter in now.items() if parameter is None or id(parameter) not in own]
+        now = [each.parameter for each in self.matrices]
+        self._lost = [each.name for each, found in zip(self.matrices, now, strict=True) if id(found) not in own]
         if len(self._lost) == len(self.matrices) and not self._started:  # oialr may replace all of them in the end
             raise TargetError(
                 f"none of the {len(self.matrices)} layers that {self.name} chose trains any more",
                 hint=f"put {self.name} after the method that freezes or replaces them",
             )
-        return [each for each in now.values() if each is not None and id(each) in own]
+        return [found for found in now if found is not None and id(found) in own]
 
     def _stepped(self, optimizer: torch.optim.Optimizer) -> list[tuple[nn.Parameter, dict[str, Any]]]:
         """The chosen parameters that an optimizer steps and that have a gradient, each with its group."""
@@ -131,7 +135,7 @@ class MatrixMethod(Method):
         return [(p, groups[id(p)]) for p in now if p is not None and id(p) in groups and p.grad is not None]
 
 
-def _first(names: Sequence[str], shown: int = 5) -> str:
+def _first(chosen: Sequence[MatrixParameter], shown: int = 5) -> str:
     """A few names, and how many more."""
-    more = f" and {len(names) - shown} more" if len(names) > shown else ""
-    return ", ".join(names[:shown]) + more
+    more = f" and {len(chosen) - shown} more" if len(chosen) > shown else ""
+    return ", ".join(each.name for each in chosen[:shown]) + more

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 __all__ = ["NOGMethod", "nog_"]
 
 
-@torch.no_grad()
 def nog_(weight: Tensor, *, method: str = "auto") -> bool:
     """Make a weight's gradient the nearest orthogonal one, in place: as long in every direction that it has.
 
@@ -63,11 +62,17 @@ def nog_(weight: Tensor, *, method: str = "auto") -> bool:
         raise TargetError(
             f"a weight of shape {tuple(weight.shape)} has no gradient", hint="call loss.backward() before"
         )
+    return _orthogonalise_(weight.grad, 1.0, method)
+
+
+@torch.no_grad()
+def _orthogonalise_(tensor: Tensor, length: float, method: str) -> bool:
+    """Make a tensor as long as `length` in every direction that it has; False, and as it is, if it is not finite."""
     try:
-        nearest = nearest_orthogonal(whole(weight.grad), method=method)
+        nearest = nearest_orthogonal(whole(tensor), method=method)
     except NumericsError:
         return False
-    weight.grad.copy_(as_sharded(nearest, weight.grad))
+    tensor.copy_(as_sharded(length * nearest, tensor))
     return True
 
 
@@ -108,7 +113,7 @@ class NOGMethod(MatrixMethod):
         def put_back(*_: Any) -> None:
             for (parameter, group), old in zip(stepped, before, strict=True):
                 rate = float(group["lr"])
-                self._skipped += not _orthogonal_update(parameter, rate, self.config.polar)
+                self._skipped += not _orthogonalise_(parameter, rate, self.config.polar)
                 parameter.add_(old, alpha=1 - rate * group["weight_decay"] if beside else 1.0)
 
         self._hooks = [inner.register_step_pre_hook(lift), inner.register_step_post_hook(put_back)]
@@ -131,14 +136,3 @@ class NOGMethod(MatrixMethod):
     def load_state(self, state: dict[str, Any]) -> None:
         """Put it back."""
         self._skipped = state["skipped"]
-
-
-@torch.no_grad()
-def _orthogonal_update(update: Tensor, rate: float, method: str) -> bool:
-    """Make an update as long as the rate in every direction that it has; False, and as it is, if it is not finite."""
-    try:
-        nearest = nearest_orthogonal(whole(update), method=method)
-    except NumericsError:
-        return False
-    update.copy_(as_sharded(rate * nearest, update))
-    return True

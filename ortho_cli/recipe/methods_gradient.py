@@ -13,7 +13,11 @@ __all__ = ["NOG", "OLR", "SOC", "OrthogonalLoss", "SpectralNorm"]
 
 Targets = Annotated[
     Patterns,
-    Field(min_length=1, description="Patterns of layer names; the paper takes the layer in front of the whitening."),
+    Field(
+        min_length=1,
+        description="Patterns of layer names, as in every method also of their ends: a network's first conv1 alone is "
+        "conv1 with exclude: ['layer*.**'].",
+    ),
 ]
 
 

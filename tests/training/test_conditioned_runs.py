@@ -30,7 +30,7 @@ ALL = f"[{SOC}, {NORM}, {LOSS}, {NOG}, {OLR}]"
 SGD = "{name: sgd, lr: 0.02, momentum: 0.9, weight_decay: 0.001}"
 ADAMW = "{name: adamw, lr: 2.0e-3}"
 SHORT = {
-    "model": MODEL, "optimizer": SGD, "data": "{name: digits, batch: 64, augment: [crop]}",
+    "model": MODEL, "optimizer": SGD, "data": "{name: digits, batch: 32, augment: [crop]}",
     "train": "{steps: 9, threads: 1, ema: 0.9, clip: 1.0, accumulate: 2}",
     "run": "{dir: FOLDER, save_every_steps: 4, keep: all, log_every: 2}",
 }  # fmt: skip
