@@ -130,7 +130,7 @@ VERBS = [
     [], ["inspect"], ["add-hra"], ["factorize"], ["merge"], ["convert"], ["train"], ["sweep"], ["evaluate"],
     ["extract"], ["doctor"], ["demo"],
     ["bench"], ["bench", "surgery"], ["bench", "gor"], ["bench", "hra"],
-    ["bench", "frobenius"], ["bench", "factorize"], ["bench", "polar"], ["bench", "stability"], ["bench", "oialr"],
+    ["bench", "frobenius"], ["bench", "factorize"], ["bench", "polar"], ["bench", "stability"], ["bench", "oialr"], ["bench", "whiten"],
     ["bench", "nog"],
     ["analyze"], ["analyze", "runs"], ["analyze", "spectrum"], ["analyze", "stability"],
     ["analyze", "orthogonality"], ["analyze", "adapter"], ["analyze", "conditioning"],

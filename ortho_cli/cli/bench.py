@@ -7,7 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ortho_cli.cli.bench_bases import bench_nog, bench_polar, bench_stability
+from ortho_cli.cli.bench_bases import bench_nog, bench_polar, bench_stability, numbers
+from ortho_cli.cli.bench_whiten import bench_whiten
 from ortho_cli.cli.completion import presets, words
 from ortho_cli.cli.options import JsonOption
 from ortho_cli.errors import UsageError, check_choice
@@ -118,7 +119,7 @@ def bench_hra(
     Example: ortho bench hra --dims 768,4096 --tokens 512
     """
     check_choice("--dtype", dtype, ("fp32", "bf16"))
-    sizes = [_numbers(name, text) for name, text in (("--dims", dims), ("--tokens", tokens), ("--ranks", ranks))]
+    sizes = [numbers(name, text) for name, text in (("--dims", dims), ("--tokens", tokens), ("--ranks", ranks))]
     from ortho_cli.cli.show import console_out, print_json, show_notes, table
     from ortho_cli.methods.hra_benchmark import OURS, measure_hra, missing_peers, summary
 
@@ -141,17 +142,6 @@ def bench_hra(
         rows.append([which, "-", "-", "-", *(f"{spread[which]:.3f}" for spread in totals.values())])
     table(console_out(), ["dim", "tokens", "rank", f"{OURS} ms", *(f"x {peer}" for peer in totals)], rows)
     show_notes(console_out(), missing_peers())
-
-
-def _numbers(option: str, text: str) -> list[int]:
-    """The numbers of a list that commas separate."""
-    try:
-        found = [int(part) for part in text.split(",")]
-    except ValueError:
-        found = [0]
-    if min(found) < 1:
-        raise UsageError(f"{option} {text!r} is no list of positive numbers", hint=f"e.g. {option} 512,4096")
-    return found
 
 
 @app.command("frobenius")
@@ -235,7 +225,7 @@ def bench_oialr(
 
     Example: ortho bench oialr --dims 768,1024
     """
-    widths = _numbers("--dims", dims)
+    widths = numbers("--dims", dims)
     odd = [dim for dim in widths if dim % HEAD_WIDTH]
     if odd:
         raise UsageError(f"--dims {odd[0]} is no multiple of {HEAD_WIDTH}, the width of a head")
@@ -262,3 +252,4 @@ def bench_oialr(
 app.command("polar")(bench_polar)
 app.command("nog")(bench_nog)
 app.command("stability")(bench_stability)
+app.command("whiten")(bench_whiten)

@@ -11,7 +11,7 @@ import typer
 from ortho_cli.cli.options import JsonOption
 from ortho_cli.errors import UsageError
 
-__all__ = ["bench_nog", "bench_polar", "bench_stability"]
+__all__ = ["bench_nog", "bench_polar", "bench_stability", "numbers"]
 
 
 def bench_polar(
@@ -108,6 +108,17 @@ def bench_stability(
     table(console_out(), ["command", "median s", "x faster", "peak MiB"], rows)
     told = [("largest difference of a value", f"{found.largest_difference:.1e}"), ("not compared", found.unresolved)]
     table(console_out(), None, told)
+
+
+def numbers(option: str, text: str) -> list[int]:
+    """The numbers of a list that commas separate."""
+    try:
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        found = [0]
+    if min(found) < 1:
+        raise UsageError(f"{option} {text!r} is no list of positive numbers", hint=f"e.g. {option} 512,4096")
+    return found
 
 
 def _shapes(text: str) -> list[tuple[int, int]]:
