@@ -78,7 +78,7 @@ class Extraction:
         """Compare everything, extract what differs, and lay out what will really be written."""
         changed = self._changed(advance)
         pairs = {name: pair for name, pair in self.work.pairs.items() if pair.weights in changed}
-        others = [pair for pair in changed if pair.kind]
+        others = [pair for pair in self.pairs.others if pair in changed]
         if not pairs:
             raise _nothing(self.base, self.tuned, len(self.work.pairs), others)
         pool = LayerPool(self.work, workers=self.workers)
