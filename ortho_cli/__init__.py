@@ -29,6 +29,7 @@ _API = {
     "TensorReader": "checkpoints.reading",
     "add_adapter": "methods.add",
     "add_hra": "surgery.add_hra",
+    "combine": "surgery.combine",
     "convert": "surgery.convert",
     "diff": "surgery.diff",
     "disable_adapter": "methods.adapter_layer",
@@ -56,10 +57,10 @@ _API = {
 
 __all__ = [
     "Adapter", "Checkpoint", "CheckpointError", "NumericsError", "OrthoError", "OutputError", "RecipeError", "Report",
-    "TargetError", "TensorReader", "UsageError", "add_adapter", "add_hra", "convert", "diff", "disable_adapter",
-    "extract", "factorize", "factorize_", "frobenius_decay_", "gor_penalty", "inspect", "load_adapter",
-    "load_factorized", "merge", "nog_", "oialr", "olr", "open_checkpoint", "orthogonality_penalty", "parse_hub_id",
-    "read_adapter", "save_adapter", "set_strength", "stability", "unmerge",
+    "TargetError", "TensorReader", "UsageError", "add_adapter", "add_hra", "combine", "convert", "diff",
+    "disable_adapter", "extract", "factorize", "factorize_", "frobenius_decay_", "gor_penalty", "inspect",
+    "load_adapter", "load_factorized", "merge", "nog_", "oialr", "olr", "open_checkpoint", "orthogonality_penalty",
+    "parse_hub_id", "read_adapter", "save_adapter", "set_strength", "stability", "unmerge",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ if TYPE_CHECKING:
     from .methods.orthogonality import orthogonality_penalty
     from .methods.strength import set_strength
     from .surgery.add_hra import add_hra
+    from .surgery.combine import combine
     from .surgery.convert import convert
     from .surgery.diff import diff
     from .surgery.extract import extract

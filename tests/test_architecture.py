@@ -127,7 +127,7 @@ def test_registry_entries_resolve() -> None:
 
 
 VERBS = [
-    [], ["inspect"], ["add-hra"], ["factorize"], ["merge"], ["convert"], ["train"], ["sweep"], ["evaluate"],
+    [], ["inspect"], ["add-hra"], ["factorize"], ["merge"], ["combine"], ["convert"], ["train"], ["sweep"], ["evaluate"],
     ["extract"], ["doctor"], ["demo"],
     ["bench"], ["bench", "surgery"], ["bench", "gor"], ["bench", "hra"],
     ["bench", "frobenius"], ["bench", "factorize"], ["bench", "polar"], ["bench", "stability"], ["bench", "oialr"], ["bench", "whiten"],

@@ -18,6 +18,7 @@ from ortho_cli.cli import (
     add_hra,
     analyze,
     bench,
+    combine,
     convert,
     demo,
     doctor,
@@ -130,6 +131,7 @@ app.command("add-hra", rich_help_panel=CHECKPOINTS)(add_hra.add_hra)
 app.command("factorize", rich_help_panel=CHECKPOINTS)(factorize.factorize)
 app.command("merge", rich_help_panel=CHECKPOINTS)(merge.merge)
 app.command("unmerge", rich_help_panel=CHECKPOINTS)(unmerge.unmerge)
+app.command("combine", rich_help_panel=CHECKPOINTS)(combine.combine)
 app.command("extract", rich_help_panel=CHECKPOINTS)(extract.extract)
 app.command("convert", rich_help_panel=CHECKPOINTS)(convert.convert)
 app.command("train", rich_help_panel=TRAINING)(train.train)

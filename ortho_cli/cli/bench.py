@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from ortho_cli.cli.bench_bases import bench_nog, bench_polar, bench_stability, numbers
+from ortho_cli.cli.bench_geometry import bench_geometry
 from ortho_cli.cli.bench_whiten import bench_whiten
 from ortho_cli.cli.completion import presets, words
 from ortho_cli.cli.options import JsonOption
@@ -249,6 +250,7 @@ def bench_oialr(
     table(console_out(), headings, rows)
 
 
+app.command("geometry")(bench_geometry)
 app.command("polar")(bench_polar)
 app.command("nog")(bench_nog)
 app.command("stability")(bench_stability)

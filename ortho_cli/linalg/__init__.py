@@ -19,8 +19,6 @@
 | `polar.py`, `polar_express.py`, `subspace.py` | the basis of a weight (its polar factor), and how far it moved |
 | `nog.py`, `olr.py` | nearest orthogonal gradients; the rate that keeps a weight's length |
 | `skew_conv.py`, `orthogonal_loss.py` | orthogonal convolutions; soft orthogonality of one matrix |
-| `nog.py`, `olr.py` | nearest orthogonal gradients; the rate that keeps a weight's length |
-| `skew_conv.py`, `orthogonal_loss.py` | orthogonal convolutions; soft orthogonality of one matrix |
 | `precision.py` | which dtypes are computed in and which are refused |
 """
 
@@ -37,7 +35,7 @@ from ortho_cli.linalg.kronecker import Hadamard, Kronecker
 from ortho_cli.linalg.lowrank import LowRank, fold_core
 from ortho_cli.linalg.matricize import Matricization
 from ortho_cli.linalg.operator import Chain, Operator, Transposed
-from ortho_cli.linalg.planes import find_planes, orthogonality_defect, plane_angles, rotation_log
+from ortho_cli.linalg.planes import find_planes, orthogonality_defect, plane_angles, rotation_logs
 from ortho_cli.linalg.polar import Polar, polar_factor
 from ortho_cli.linalg.product import non_orthogonality, nuclear_norm, product_norm, rebalance
 from ortho_cli.linalg.ranks import LayerSize, energy_rank, error_rank, scale_for_parameters, scaled_rank
@@ -93,7 +91,7 @@ __all__ = [
     "reflect_activations",
     "reflect_weight",
     "relative_error",
-    "rotation_log",
+    "rotation_logs",
     "scale_for_parameters",
     "scaled_rank",
     "singular_values",

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ortho_cli.errors import NumericsError, TargetError
-from ortho_cli.linalg.planes import HALF_TURN, find_planes, rotation_log
+from ortho_cli.linalg.planes import HALF_TURN, find_planes, rotation_logs
 from ortho_cli.linalg.rotation import LowRankRotation
 
 __all__ = [
@@ -106,7 +106,7 @@ def log_mean(cores: Tensor, shares: Sequence[float]) -> Tensor:
         TargetError: determinant -1.
         NumericsError: a half turn, whose logarithm is not one.
     """
-    logs = torch.stack([rotation_log(core) for core in cores])
+    logs = rotation_logs(cores)
     mean: Tensor = torch.linalg.matrix_exp(torch.einsum("n,nij->ij", _numbers(shares), logs))
     return mean
 
@@ -114,8 +114,8 @@ def log_mean(cores: Tensor, shares: Sequence[float]) -> Tensor:
 def karcher_mean(cores: Tensor, shares: Sequence[float]) -> Tensor:
     """The rotation whose squared angles to all the others, weighted, are least (the Riemannian centre of mass).
 
-    For two it is the point on the shortest path between them; for more, `X <- X exp(sum_i w_i log(X^T K_i))` is iterated
-    from the log-mean until the step vanishes.
+    For two it is the point on the shortest path between them; for more, `X <- X exp(sum_i w_i log(X^T K_i))` is
+    iterated from the log-mean until the step vanishes.
 
     Args:
         cores: `(n, m, m)`, of determinant +1.
@@ -125,7 +125,7 @@ def karcher_mean(cores: Tensor, shares: Sequence[float]) -> Tensor:
         TargetError: determinant -1.
         NumericsError: the parts lie too far apart for one mean: two half a turn, of more one a quarter turn from it.
 
-    Cost: a handful of iterations of `n` Schur forms of size m.
+    Cost: a handful of iterations of `n` symmetric eigenproblems of size m.
     Reference: Moakher, "Means and averaging in the group of rotations", 2002.
     """
     counted = [index for index, share in enumerate(shares) if share]
@@ -144,7 +144,7 @@ def karcher_mean(cores: Tensor, shares: Sequence[float]) -> Tensor:
         except NumericsError as error:
             reason = error.message
             continue
-        farthest = max(float(torch.linalg.matrix_norm(log, ord=2)) for log in logs)
+        farthest = float(torch.linalg.matrix_norm(logs, ord=2).max())
         if farthest < QUARTER_TURN:
             return mean
         reason = f"they lie up to {farthest / pi:.2f} pi from the nearest candidate"
@@ -156,7 +156,7 @@ def karcher_mean(cores: Tensor, shares: Sequence[float]) -> Tensor:
 
 def _iterate(mean: Tensor, cores: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
     for _ in range(LIMIT):
-        logs = torch.stack([rotation_log(mean.T @ core) for core in cores])
+        logs = rotation_logs(mean.T @ cores)
         step = torch.einsum("n,nij->ij", weights, logs)
         mean = mean @ torch.linalg.matrix_exp(step)
         if float(torch.linalg.matrix_norm(step)) < CONVERGED:
@@ -209,7 +209,7 @@ def slerp(first: Tensor, second: Tensor, t: float) -> Tensor:
     >>> slerp(torch.eye(2), torch.tensor([[0.0, -1.0], [1.0, 0.0]]), 1.0).round(decimals=9).tolist()
     [[0.0, -1.0], [1.0, 0.0]]
     """
-    path: Tensor = torch.linalg.matrix_exp(t * rotation_log(first.double().T @ second.double()))
+    path: Tensor = torch.linalg.matrix_exp(t * rotation_logs((first.double().T @ second.double())[None])[0])
     return first.double() @ path
 
 

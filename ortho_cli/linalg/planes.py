@@ -7,18 +7,20 @@ stable where eigenvectors are not: at equal angles, near none, and near half a t
 
 from __future__ import annotations
 
-from math import atan2, hypot, pi
-from typing import NamedTuple
+from math import pi
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ortho_cli.errors import NumericsError, TargetError
 
-__all__ = ["HALF_TURN", "Planes", "find_planes", "orthogonality_defect", "plane_angles", "rotation_log"]
+__all__ = ["HALF_TURN", "Planes", "find_planes", "orthogonality_defect", "plane_angles", "rotation_logs"]
 
 # Within this of pi, the plane a rotation turns in is mostly rounding: the logarithm is not unique there.
 HALF_TURN = 1e-6
+# Above this cosine of every angle t / sin t is smooth enough to be taken of a matrix.
+NEAR_HALF = -0.9
 # Off-diagonal mass of the Schur form of a normal matrix is rounding; more is a matrix that does not turn in planes.
 NORMAL = 1e-6
 
@@ -109,6 +111,7 @@ def find_planes(core: Tensor) -> Planes:
     >>> found.power(0.5)[:2, 0].tolist() == found.power(0.5)[:2, 0].abs().tolist()
     True
     """
+    import numpy as np
     from scipy.linalg import schur
 
     wide = core.detach().to("cpu", torch.float64)
@@ -118,58 +121,74 @@ def find_planes(core: Tensor) -> Planes:
     if not size:
         empty = wide.new_zeros(0)
         return Planes(wide.new_zeros(0, 0, 2), empty, empty, wide, empty)
-    upper, basis = (torch.from_numpy(part) for part in schur(wide.numpy(), output="real"))
-    pairs: list[tuple[Tensor, Tensor, float, float]] = []  # columns, angle, length
-    axes: list[int] = []
-    mirrored: list[int] = []
-    index, normal = 0, 0.0
-    while index < size:
-        lone = index + 1 == size or float(upper[index + 1, index]) == 0
-        width = 1 if lone else 2
-        normal += float(upper[index : index + width, index + width :].square().sum())
-        if lone:
-            (mirrored if float(upper[index, index]) < 0 else axes).append(index)
-        else:
-            block = upper[index : index + 2, index : index + 2]
-            cosine = float(block[0, 0] + block[1, 1]) / 2
-            sine = float(block[1, 0] - block[0, 1]) / 2
-            first, second = basis[:, index], basis[:, index + 1]
-            angle, length = atan2(abs(sine), cosine), hypot(cosine, sine)
-            pairs.append((first, second, angle, length) if sine > 0 else (second, first, angle, length))
-        index += width
-    if normal > NORMAL**2 * size:
-        raise NumericsError(f"a rotation is not one: its Schur form is off by {normal**0.5:.1e}")
-    for left, right in zip(mirrored[0::2], mirrored[1::2], strict=False):
-        scale = float((upper[left, left] * upper[right, right]).sqrt())
-        pairs.append((basis[:, left], basis[:, right], pi, scale))
-    axes += mirrored[len(mirrored) - len(mirrored) % 2 :]
-    pairs.sort(key=lambda pair: -pair[2])
-    columns = [torch.stack(pair[:2], dim=1) for pair in pairs]
+    upper, basis = schur(wide.numpy(), output="real")
+    diagonal = upper.diagonal()
+    below = np.append(upper.diagonal(-1), 0.0)
+    first = np.flatnonzero(below)  # of the 2 x 2 blocks
+    alone = np.setdiff1d(np.arange(size), [first, first + 1])
+    _check_normal(upper, first)
+    cosine = (diagonal[first] + diagonal[first + 1]) / 2
+    sine = (below[first] - upper[first, first + 1]) / 2
+    mirrored = alone[diagonal[alone] < 0]
+    halves = mirrored[: len(mirrored) // 2 * 2].reshape(-1, 2)
+    pairs = np.concatenate([np.where(sine > 0, [first, first + 1], [first + 1, first]).T, halves])
+    angles = np.concatenate([np.arctan2(np.abs(sine), cosine), np.full(len(halves), pi)])
+    lengths = np.concatenate([np.hypot(sine, cosine), np.sqrt(diagonal[halves].prod(axis=1))])
+    order = np.argsort(-angles, kind="stable")
+    axes = np.concatenate([alone[diagonal[alone] >= 0], mirrored[halves.size :]])
     return Planes(
-        torch.stack(columns) if columns else wide.new_zeros(0, size, 2),
-        wide.new_tensor([pair[2] for pair in pairs]),
-        wide.new_tensor([pair[3] for pair in pairs]),
-        basis[:, axes],
-        upper.diagonal()[axes],
+        torch.from_numpy(basis.T[pairs[order]].transpose(0, 2, 1)),
+        torch.from_numpy(angles[order]),
+        torch.from_numpy(lengths[order]),
+        torch.from_numpy(basis[:, axes]),
+        torch.from_numpy(diagonal[axes]),
     )
 
 
-def rotation_log(core: Tensor) -> Tensor:
-    """The skew-symmetric logarithm of a rotation all of whose angles are below pi.
+def _check_normal(upper: Any, first: Any) -> None:
+    """Refuse a Schur form `(k, k)`, with blocks at `first`, that is more than block-diagonal."""
+    import numpy as np
+
+    beside = np.triu(upper, 1)
+    beside[first, first + 1] = 0
+    if (off := float(np.linalg.norm(beside))) > NORMAL * len(upper) ** 0.5:
+        raise NumericsError(f"a rotation is not one: its Schur form is off by {off:.1e}")
+
+
+def rotation_logs(cores: Tensor) -> Tensor:
+    r"""The skew-symmetric logarithms of rotations all of whose angles are below pi.
+
+    With the symmetric part `S` of K and the skew one `A`, which commute, :math:`\log K = A\,g(S)`,
+    :math:`g(\cos t) = t / \sin t`: one batched symmetric eigenproblem. Near half a turn, where g has a pole, the planes
+    of K are looked at.
 
     Args:
-        core: `(k, k)`, orthogonal of determinant +1.
+        cores: `K (n, k, k)`, orthogonal of determinant +1; computed in float64.
 
     Returns:
-        `(k, k)`, float64.
+        `(n, k, k)`, float64.
 
     Raises:
         TargetError: determinant -1.
         NumericsError: a half turn: either way round is as short, and the logarithm not one but many.
 
-    >>> rotation_log(torch.tensor([[0.0, -1.0], [1.0, 0.0]])).round(decimals=6).tolist()
+    Cost: `O(n k^3)`, about 10 k^3 flops each.
+
+    >>> rotation_logs(torch.tensor([[[0.0, -1.0], [1.0, 0.0]]]))[0].round(decimals=6).tolist()
     [[0.0, -1.570796], [1.570796, 0.0]]
     """
+    wide = cores.to(torch.float64)
+    cosines, vectors = torch.linalg.eigh((wide + wide.mT) / 2)
+    angles = cosines.clamp(-1, 1).acos()
+    spread = vectors / torch.sinc(angles / pi)[..., None, :]  # sinc(t / pi) = sin t / t
+    product = (wide - wide.mT) @ (spread @ vectors.mT) / 2
+    logs: Tensor = (product - product.mT) / 2
+    for index in (cosines[..., 0] < NEAR_HALF).nonzero().flatten().tolist():
+        logs[index] = _log(wide[index])
+    return logs
+
+
+def _log(core: Tensor) -> Tensor:
     planes = find_planes(core)
     planes.refuse_reflection()
     if planes.half_turns:

@@ -26,7 +26,7 @@ from ortho_cli.recipe.shipped import find
 from ortho_cli.recipe.write import plain_data, to_yaml, write_recipe
 
 __all__ = [
-    "TRAIN_KEYS", "VERBS", "Adapter", "AddHRA", "Convert", "Extract", "Factorize", "Merge", "Unmerge",
+    "TRAIN_KEYS", "VERBS", "Adapter", "AddHRA", "Combine", "Convert", "Extract", "Factorize", "Merge", "Unmerge",
     "VerbRecipe", "check_verb", "command", "is_training", "load_verb", "save_verb",
 ]  # fmt: skip
 
@@ -121,6 +121,25 @@ class Unmerge(VerbRecipe):
     max_shard_size: ShardSize = None
 
 
+class Combine(VerbRecipe):
+    """Make one adapter of several."""
+
+    verb: Literal["combine"]
+    adapters: list[Adapter] = Field(description="Two or more; a strength is a share for means.", min_length=2)
+    output: Output = None
+    mode: list[
+        Literal["mean", "compose", "log-mean", "orthomerge", "slerp", "grassmann", "linear", "svd", "ties", "dare"]
+    ] = Field(default=[], description="Of rotations mean, of low-rank sums linear by default; one of each at most.")
+    rank: Count | Annotated[list[Count | PatternRank], Field(min_length=1)] | None = Field(
+        default=None,
+        description="The most reflections or components; in a list, 'pattern=rank' speaks for some layers.",
+    )
+    base: Text | None = Field(default=None, description="Their base, where rotations and low-rank sums meet.")
+    density: Ratio = Field(default=0.5, description="Share of entries that ties and dare keep.")
+    restore_angles: bool = Field(default=False, description="Turn on until the angles have the parts' mean norm.")
+    seed: int = Field(default=0, description="Of dare.")
+
+
 class Extract(VerbRecipe):
     """Extract an adapter from a fine-tuned checkpoint."""
 
@@ -200,7 +219,7 @@ class Factorize(VerbRecipe):
 
 
 VERBS: dict[str, type[VerbRecipe]] = {
-    "add-hra": AddHRA, "factorize": Factorize, "merge": Merge, "unmerge": Unmerge,
+    "add-hra": AddHRA, "factorize": Factorize, "merge": Merge, "unmerge": Unmerge, "combine": Combine,
     "extract": Extract, "convert": Convert, **ANALYSES,
 }  # fmt: skip
 

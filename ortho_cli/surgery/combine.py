@@ -15,6 +15,7 @@ from typing import Any
 from ortho_cli.checkpoints import layouts, targets
 from ortho_cli.checkpoints.adapters import Adapter, base_bound, read_adapter
 from ortho_cli.checkpoints.fingerprint import base_fingerprint
+from ortho_cli.checkpoints.layer_pool import LayerPool, default_workers
 from ortho_cli.checkpoints.store import Checkpoint, open_checkpoint
 from ortho_cli.errors import UsageError
 
@@ -112,15 +113,18 @@ def plan_combine(
     form = _form(gathered, base)
     mixing = _mixing(mode, gathered, Mixing(weights=tuple(weights), density=density, restore=restore_angles, seed=seed))
     ranks = _ranks(rank, gathered)
-    combined = {
-        name: combine_layer(
+
+    def one(name: str) -> Combined:
+        parts = gathered.layers[name]
+        return combine_layer(
             [part.rotation() if part is not None else None for part in parts],
             [part.factors() if part is not None else None for part in parts],
             mixing,
             ranks.get(name),
         )
-        for name, parts in gathered.layers.items()
-    }
+
+    costs = {name: gathered.bytes_of(name) for name in gathered.layers}
+    combined = dict(zip(costs, LayerPool(one, workers=default_workers()).map(costs), strict=True))
     modes = [mixing.rotation] * gathered.rotates + [mixing.additive] * gathered.adds
     files = adapter_files(form, gathered, combined, base, _metadata(form, gathered, base, mixing, modes, rank))
     plan = Plan("combine", input_files(base, adapters), output, files.files)

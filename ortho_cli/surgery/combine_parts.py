@@ -90,6 +90,11 @@ class Gathered:
         """Whether any part is a sum."""
         return any(part.adds for part in self.parts)
 
+    def bytes_of(self, layer: str) -> int:
+        """What combining a layer holds in memory, about: every factor, a joint basis and the result, in float64."""
+        numbers = sum(info.numel for part in self.layers[layer] if part for info in part.layer.layer.tensors.values())
+        return 4 * 8 * numbers
+
     def first(self, layer: str) -> Part:
         """One part of a layer, to ask for what all of them share."""
         return next(part for part in self.layers[layer] if part is not None)

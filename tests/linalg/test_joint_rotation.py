@@ -35,7 +35,7 @@ def dense(span: JointSpan, core: Tensor) -> Tensor:
     return LowRankRotation(span.basis, core).apply(torch.eye(span.basis.shape[0], dtype=torch.float64))
 
 
-def drawn(count: int, width: int, rank: int, seed: int, spread: float = 0.3) -> list[LowRankRotation]:
+def drawn(count: int, width: int, rank: int, seed: int, spread: float = 0.1) -> list[LowRankRotation]:
     """Rotations by moderate angles: each pair of reflections is `spread` apart."""
     torch.manual_seed(seed)
     first = torch.randn(count, width, rank // 2, dtype=torch.float64)
