@@ -37,7 +37,7 @@ DATASETS = {
     **dict.fromkeys(("etth1", "etth2", "ettm1", "ettm2"), "AutonLab/Timeseries-PILE"),
 }
 FACTORED = "factors"  # in what methods with factors export
-SHOWN_FIGURES = ("loss", "accuracy")
+SHOWN_FIGURES = ("loss", "accuracy", "mse")
 
 
 def card_text(run: Run) -> str:

@@ -90,14 +90,16 @@ def part_ranges(rows: int, spec: SeriesSpec, shares: tuple[float, float] | None 
 
 
 def _file(config: SeriesConfig, spec: SeriesSpec) -> Path:
-    """The file that holds the series: the recipe's, or the hub's."""
+    """The file that holds the series: the recipe's, in a folder also as `hf download` puts it there, or the hub's."""
     if config.path is not None:
         path = Path(config.path).expanduser()
-        if path.is_dir() and spec.file is not None:
-            path /= spec.file
-        if not path.is_file():
-            raise _missing(spec, f"data.path: there is no file {str(path)!r}")
-        return path
+        inside = [path / name for name in (spec.file, (spec.hub or "").rpartition(":")[2]) if name]
+        found = next((each for each in (path, *inside) if each.is_file()), None)
+        if found is None:
+            raise _missing(
+                spec, f"data.path: there is no file {str(inside[0] if path.is_dir() and inside else path)!r}"
+            )
+        return found
     text = config.source or spec.hub or ""
     hub = parse_hub_id(text)
     if hub is None or hub.file is None:

@@ -70,10 +70,10 @@ def evaluate_run(
     state = find_checkpoint(folder, checkpoint)
     session = open_session(recipe, judging=True)
     restore_for_judging(session, state)
-    found, outputs, targets = _outputs(session, split, judge.target if judge else "")
+    found, outputs, targets, samples = _outputs(session, split, judge.target if judge else "")
     order = [name for name in known if name in found] + [name for name in found if name not in known]
     evaluation = Evaluation(
-        run.title, state.name, int(read_state(state)["step"]), split, len(targets), tuple(map(_public, sets)),
+        run.title, state.name, int(read_state(state)["step"]), split, samples, tuple(map(_public, sets)),
         {name: found[name] for name in order if metrics is None or name in wanted},
     )  # fmt: skip
     if judge is not None:
@@ -125,13 +125,18 @@ def restore_for_judging(session: Session, folder: Path) -> None:
         session.average.values = held_as_parameters(session.model, load_tensors(folder / "ema.safetensors"))
 
 
-def _outputs(session: Session, split: str, target: str) -> tuple[dict[str, float], Tensor, Tensor]:
-    """The task's metrics, and of all processes the model's outputs and what they are compared with."""
+def _outputs(session: Session, split: str, target: str) -> tuple[dict[str, float], Tensor, Tensor, int]:
+    """The task's metrics, and of all processes the model's outputs, what they are compared with, and the samples.
+
+    Outputs are kept where there is a target, which is what a judge compares them with.
+    """
     outputs: list[Tensor] = []
     targets: list[Tensor] = []
+    counts: list[int] = []
 
     def watched() -> Iterator[Batch]:
         for batch in _batches(session, split):
+            counts.append(len(next(iter(batch.values()))))
             if target:
                 targets.append(batch[target].cpu())
             yield session.on_device(batch)
@@ -153,6 +158,7 @@ def _outputs(session: Session, split: str, target: str) -> tuple[dict[str, float
         {name: float(value) for name, value in found.items()},
         torch.cat([part[0] for part in parts]) if parts else empty,
         torch.cat([part[1] for part in parts]) if parts else empty,
+        sum(gather_object([sum(counts)])),
     )
 
 

@@ -164,9 +164,12 @@ def test_runs_are_found_below_folders_and_once(tmp_path: Path) -> None:
 
 
 def test_sets_are_named_as_the_tasks_name_them() -> None:
-    from ortho_cli.tasks.image_specs import SPECS
+    from ortho_cli.tasks.image_specs import SPECS as PICTURES
+    from ortho_cli.tasks.series_specs import SPECS as SERIES
 
-    assert {name: spec.hub.id for name, spec in SPECS.items() if spec.hub is not None} == DATASETS
+    pictures = {name: spec.hub.id for name, spec in PICTURES.items() if spec.hub is not None}
+    series = {name: spec.hub.partition(":")[0] for name, spec in SERIES.items() if spec.hub is not None}
+    assert pictures | series == DATASETS
 
 
 @pytest.mark.parametrize(

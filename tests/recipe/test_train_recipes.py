@@ -133,3 +133,29 @@ def test_the_matrix_is_the_finetuning_recipe_at_four_strengths_and_three_seeds()
     assert [recipe.train.seed for _, recipe in found] == [0, 1, 2] * 4
     changed = {key for key, _, _ in difference(load_train("digits-vit-hra-finetune"), found[0][1])}
     assert changed == {"run.dir", "run.keep"}
+
+
+def test_the_settings_of_oialrs_authors_for_resnetrs101() -> None:
+    """Their experiment imagenet-resnetrs: 256 pictures on each of 16 GPUs, 312 steps an epoch."""
+    data: Any = recipe_data(load_train("imagenet-resnetrs101-oialr"))
+    oialr, steps = data["methods"][0], 1_281_167 // 4096
+    assert (data["model"]["architecture"], data["model"]["drop_rate"]) == ("resnetrs101", 0.25)
+    assert (data["data"]["batch"], data["data"]["size"]) == (16 * 256, 160)
+    assert (oialr["when"], oialr["delay"], oialr["every"], oialr["beta"]) == ("step", 200, 100, 0.15)
+    assert (oialr["keep_first"], oialr["keep_last"], oialr["order"], oialr["share"]) == (False, True, "back", 0.1)
+    assert (data["optimizer"]["lr"], data["optimizer"]["weight_decay"]) == (1e-3, 1e-3)
+    schedule = data["schedule"]
+    assert (schedule["warmup"], schedule["floor"], schedule["k_decay"]) == (10 * steps, 1e-5 / 1e-3, 0.34)
+    assert (data["train"]["epochs"], data["train"]["clip"], data["train"]["precision"]) == (300, 1.0, "bf16")
+    assert (data["task"]["label_smoothing"], data["task"]["mixup"]) == (0.1, 0.1)
+
+
+def test_the_released_defaults_of_autoformer() -> None:
+    data: Any = recipe_data(load_train("ettm2-forecaster-oialr"))
+    model = data["model"]
+    assert (data["task"]["input"], data["task"]["horizon"], data["data"]["batch"]) == (96, 192, 32)
+    assert (model["dim"], model["heads"], model["depth"], model["dim"] * model["mlp_ratio"]) == (512, 8, 2, 2048)
+    assert (model["moving_average"], model["dropout"]) == (25, 0.05)
+    assert data["optimizer"] == {**data["optimizer"], "name": "adam", "lr": 1e-4, "weight_decay": 0.0}
+    assert (data["train"]["epochs"], data["run"]["best"]["patience"]) == (10, 3)
+    assert (data["schedule"]["at"], data["schedule"]["factor"]) == (list(range(2, 10)), 0.5)

@@ -102,6 +102,9 @@ def test_field_standard_counts_of_windows(tmp_path: Path) -> None:
         assert (made.size("train"), made.size("eval")) == (34_273, 11_329)
     assert made.steps_per_epoch == 34_273 // 32
     assert task(name="ettm2", path=str(tmp_path / "ETTm2.csv"), columns=("OT",)).series.columns == ("OT",)
+    (tmp_path / "forecasting/autoformer").mkdir(parents=True)
+    (tmp_path / "ETTm2.csv").rename(tmp_path / "forecasting/autoformer/ETTm2.csv")  # where hf download puts it
+    assert load_series(section("ettm2", path=str(tmp_path))).columns == columns
 
 
 def test_a_part_shorter_than_a_window() -> None:
