@@ -38,7 +38,7 @@ def sections(method: str) -> dict[str, str]:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("method", ["gor", "hra", pytest.param("plain", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("method", ["hra", *(pytest.param(name, marks=pytest.mark.slow) for name in ("gor", "plain"))])
 def test_two_processes_equal_one(method: str, tmp_path: Path) -> None:
     """Losses, penalties, norms, evaluations and weights; gradients of penalties are averaged, not forgotten."""
     for name, processes in (("one", 1), ("two", 2)):
