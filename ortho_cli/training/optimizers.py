@@ -41,10 +41,20 @@ def parameter_groups(
 
     Returns:
         Groups in a fixed order, empty ones left out; each with `ENDS`, which is for `build_optimizer`.
+
+    Raises:
+        RecipeError: a parameter that two methods claim.
     """
-    own = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    own = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
     claimed = [{**group, "params": [each for each in group["params"] if id(each) in own]} for group in claimed]
-    taken = {id(parameter) for group in claimed for parameter in group["params"]}
+    taken = set[int]()
+    for parameter in [each for group in claimed for each in group["params"]]:
+        if id(parameter) in taken:
+            raise RecipeError(
+                f"two methods want settings of their own for {own[id(parameter)]} (a rate, or another decay)",
+                hint="exclude its layer from one of them",
+            )
+        taken.add(id(parameter))
     plain: list[nn.Parameter] = []
     bare: list[nn.Parameter] = []
     for module in model.modules():

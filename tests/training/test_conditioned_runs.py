@@ -10,7 +10,7 @@ import pytest
 import torch
 from training_runs import assert_same_runs, die_at, lines_of, ortho, write
 
-from ortho_cli.errors import TargetError
+from ortho_cli.errors import RecipeError, TargetError
 from ortho_cli.recipe.train import load_train
 from ortho_cli.training.dry_run import describe
 from ortho_cli.training.evaluate import evaluate_run
@@ -79,6 +79,14 @@ def test_the_order_of_methods_matters_and_is_told(tmp_path: Path) -> None:
     recipe = load_train(write(tmp_path, "run", **{**SHORT, "methods": f"[{{name: nog, {STEM}}}, {SOC}]"}))
     with pytest.raises(TargetError, match="none of the 1 layers that nog chose trains any more"):
         train(recipe)
+
+
+def test_two_methods_with_settings_for_one_parameter_are_refused(tmp_path: Path) -> None:
+    factored = "{name: factorized, rank: 4, targets: [layers.0]}, {name: frobenius_decay}"
+    methods = f"[{factored}, {{name: olr, targets: [layers.0.U]}}]"
+    with pytest.raises(RecipeError, match=r"two methods want settings of their own for .*layers\.0\.U") as caught:
+        train(load_train(write(tmp_path, "run", methods=methods)))
+    assert caught.value.hint == "exclude its layer from one of them"
 
 
 @pytest.mark.slow
