@@ -127,11 +127,11 @@ def test_registry_entries_resolve() -> None:
 
 
 VERBS = [
-    [], ["inspect"], ["add-hra"], ["factorize"], ["merge"], ["combine"], ["convert"], ["train"], ["sweep"], ["evaluate"],
-    ["extract"], ["doctor"], ["demo"],
+    [], ["inspect"], ["add-hra"], ["factorize"], ["merge"], ["unmerge"], ["combine"], ["convert"], ["train"],
+    ["sweep"], ["evaluate"], ["extract"], ["doctor"], ["demo"],
     ["bench"], ["bench", "surgery"], ["bench", "gor"], ["bench", "hra"],
-    ["bench", "frobenius"], ["bench", "factorize"], ["bench", "polar"], ["bench", "stability"], ["bench", "oialr"], ["bench", "whiten"],
-    ["bench", "nog"],
+    ["bench", "frobenius"], ["bench", "factorize"], ["bench", "polar"], ["bench", "stability"], ["bench", "oialr"],
+    ["bench", "whiten"], ["bench", "nog"], ["bench", "geometry"],
     ["analyze"], ["analyze", "runs"], ["analyze", "spectrum"], ["analyze", "stability"],
     ["analyze", "orthogonality"], ["analyze", "adapter"], ["analyze", "conditioning"],
     ["recipe"], ["recipe", "list"], ["recipe", "show"], ["recipe", "check"], ["recipe", "schema"], ["recipe", "copy"],
