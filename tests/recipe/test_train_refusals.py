@@ -166,6 +166,11 @@ def test_the_teachers_share_is_of_plain_cross_entropy(tmp_path: Path) -> None:
     load_train(smoothed, ["methods.distill.alpha=0", "methods.distill.attention=[layer1]"])
 
 
+def test_a_teacher_teaches_classes(tmp_path: Path) -> None:
+    path = written(tmp_path, "methods: [{name: distill, teacher: x}]\n", **FORECAST)
+    assert errors(path) == ["8: methods.0: distill is for classes, and the task forecast has none"]
+
+
 def test_the_hint_and_the_place(tmp_path: Path) -> None:
     path = written(tmp_path, train="{}")
     with pytest.raises(RecipeError) as caught:

@@ -201,6 +201,25 @@ def test_what_is_there_is_counted() -> None:
     assert found_text(found) == "found: 1 columns (b); 480 rows to train on, 160 to validate, 160 to test"
 
 
+def test_the_hubs_copy_is_found_in_its_cache(tmp_path: Path, hub_home: Path) -> None:
+    copy, revision = hub_home / "datasets--AutonLab--Timeseries-PILE", "0" * 40
+    inside = copy / "snapshots" / revision / "forecasting/autoformer"
+    inside.mkdir(parents=True)
+    (copy / "refs").mkdir()
+    (copy / "refs/main").write_text(revision)
+    Path(counting(tmp_path, 14_400)).rename(inside / "ETTh1.csv")
+    found = load_series(section("etth1"))
+    assert (found.columns, found.parts["test"]) == (("a", "b"), (11_520, 14_400))
+    named = load_series(section("series-csv", source=SPECS["etth1"].hub))
+    assert named.parts == {"train": (0, 8640), "val": (8640, 11_520), "test": (11_520, 14_400)}  # 60, 20 and 20 %
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")  # how torch starts workers, from Python 3.12 on
+def test_workers_and_this_process_give_the_same_epoch() -> None:
+    here, there = (list(task().batches("train", 1, batch=64, workers=workers)) for workers in (0, 2))
+    assert all(torch.equal(a["input"], b["input"]) for a, b in zip(here, there, strict=True))
+
+
 def test_a_series_that_is_not_here_says_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(RecipeError, match=r"data\.path: there is no file '.*ETTm2\.csv'") as caught:
         load_series(section("ettm2", path=str(tmp_path)))
