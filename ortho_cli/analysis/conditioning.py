@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 
 from ortho_cli.linalg.conditioning import Conditioning
+from ortho_cli.methods.track_conditioning import MEASURED_AT
 
 from .figure import Curves, Line
 from .report import Part
@@ -36,13 +37,22 @@ Tracked = dict[str, dict[str, Series]]
 
 
 def tracked(run: Run) -> Tracked:
-    """The quantities of each layer of a run, over its steps; none where it tracked none."""
+    """The quantities of each layer of a run, over the steps they were measured at; none where it tracked none."""
+    measured_at = run.metrics.get(METHOD + MEASURED_AT)
+    if measured_at is None:
+        return {}
     found: Tracked = {}
     for name, series in run.metrics.items():
         layer, _, quantity = name.removeprefix(METHOD).rpartition("/")
         if name.startswith(METHOD) and layer and quantity in QUANTITIES:
-            found.setdefault(layer, {})[quantity] = series
+            found.setdefault(layer, {})[quantity] = _as_measured(series, measured_at)
     return found
+
+
+def _as_measured(series: Series, measured_at: Series) -> Series:
+    """Lines of the log between two measurements repeat the earlier one: each counts once, where it was made."""
+    points = dict(zip(map(int, measured_at.values), series.values, strict=True))
+    return Series(tuple(points), tuple(points.values()))
 
 
 def conditioning_parts(run: Run) -> Iterator[Part]:
@@ -56,7 +66,7 @@ def conditioning_parts(run: Run) -> Iterator[Part]:
     for quantity in TITLES:
         lines = [spread_line(name, [layers[name][quantity]], quantity) for name in layers if name in kept]
         if drawn(lines):
-            yield picture(quantity, lines, note=few)
+            yield picture(quantity, lines, of=kept[0] if len(layers) == 1 else "", note=few)
     rows = tuple((name, *(_cell(found[key].final) for key in QUANTITIES)) for name, found in layers.items())
     yield Table("conditioning", "At the end", ("layer", *map(_words, QUANTITIES)), rows)
 
@@ -82,12 +92,11 @@ def drawn(lines: Sequence[Line]) -> bool:
     return len({value for line in lines for value in line.y if math.isfinite(value)}) > 1
 
 
-def picture(quantity: str, lines: Sequence[Line], *, layer: str = "", note: str = "") -> Curves:
-    """One quantity over training."""
-    of = f", {layer}" if layer else ""
-    name = "-".join(["conditioning", *([layer] if layer else []), quantity])
+def picture(quantity: str, lines: Sequence[Line], *, name: str = "", of: str = "", note: str = "") -> Curves:
+    """One quantity over training; `of` a layer, in a file of this name."""
     log = None if quantity in DECADES else False
-    return Curves(name, f"{TITLES[quantity]}{of}", tuple(lines), log_y=log, note=note)
+    title = f"{TITLES[quantity]}, {of}" if of else TITLES[quantity]
+    return Curves(name or f"conditioning-{quantity}", title, tuple(lines), log_y=log, note=note)
 
 
 def _last_condition(found: Mapping[str, Series]) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 from ortho_cli.errors import CheckpointError
 
 from .conditioning import NOTE, QUANTITIES, TITLES, drawn, picture, spread_line, tracked
-from .metric_names import metric_title, number_format, scale
+from .metric_names import metric_title, number_format, scale, slug
 from .report import Fact, Part, Report
 from .run_folder import Run, Series
 from .run_groups import Group, group_runs
@@ -83,7 +83,8 @@ def _over_training(lines: dict[str, dict[str, list[Series]]], layer: str) -> Ite
             if several
         ]
         if drawn(found):
-            yield picture(quantity, found, layer=layer, note=BAND if any(line.low for line in found) else "")
+            name = slug("/".join(filter(None, ["conditioning", layer, quantity])))
+            yield picture(quantity, found, name=name, of=layer, note=BAND if any(line.low for line in found) else "")
 
 
 def _facts(groups: Sequence[Group], layer: str) -> Iterator[Fact]:

@@ -7,6 +7,7 @@ parts of the batch and all processes.
 from __future__ import annotations
 
 from collections.abc import Callable
+from math import inf, isfinite
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -26,12 +27,15 @@ if TYPE_CHECKING:
 
     from ortho_cli.recipe.methods import TrackConditioning
 
-__all__ = ["TrackConditioningMethod"]
+__all__ = ["MEASURED_AT", "TrackConditioningMethod"]
 
 CHANNELS_SECOND = (
     Whitening, BATCH_NORM, nn.GroupNorm, nn.modules.instancenorm._InstanceNorm, nn.modules.conv._ConvNd,
 )  # fmt: skip
 NORMALISING = (Whitening, BATCH_NORM, nn.GroupNorm, nn.LayerNorm, nn.RMSNorm, nn.modules.instancenorm._InstanceNorm)
+
+
+MEASURED_AT = "measured_at"
 
 
 class _Sums(NamedTuple):
@@ -59,6 +63,7 @@ class TrackConditioningMethod(Method):
         self.layers: list[str] = []
         self._sums: dict[str, _Sums] = {}
         self._found: dict[str, Conditioning] = {}
+        self._measured_at = 0
         self._hooks: list[RemovableHandle] = []
         self._trains = False
         self._step = 0  # the one to come
@@ -133,23 +138,30 @@ class TrackConditioningMethod(Method):
             if ridge is None:
                 ridge = module.ridge if isinstance(module, Whitening) else 0.0
             self._found[name] = conditioning(sums.covariance(), ridge, rounding=sums.rounding)
-        self._sums.clear()
         self._step = step + 1
+        if self._sums:
+            self._measured_at = self._step
+        self._sums.clear()
         return False
 
     def scalars(self) -> dict[str, float]:
-        """Of every layer, what was measured last."""
-        return {f"{name}/{key}": value for name, found in self._found.items() for key, value in found._asdict().items()}
+        """Of every layer, what was measured last, and at which step that was: other lines of the log repeat it."""
+        if not self._found:
+            return {}
+        values = {
+            f"{name}/{key}": value for name, found in self._found.items() for key, value in found._asdict().items()
+        }
+        return {MEASURED_AT: float(self._measured_at), **values}
 
     def state(self) -> dict[str, Any]:
-        """What was measured last, and where the run stands."""
-        names = list(self._found)
-        table = torch.tensor([self._found[name] for name in names], dtype=torch.float64)
-        return {"step": self._step, "layers": names, "tensors": {"found": table} if names else {}}
+        """What was measured last, None for what is infinite, and where the run stands."""
+        found = {name: [value if isfinite(value) else None for value in each] for name, each in self._found.items()}
+        return {"step": self._step, MEASURED_AT: self._measured_at, "found": found}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Put it back."""
-        self._step = state["step"]
-        table = state["tensors"].get("found")
-        rows = [] if table is None else table.tolist()
-        self._found = {name: Conditioning(*row) for name, row in zip(state["layers"], rows, strict=bool(rows))}
+        self._step, self._measured_at = state["step"], state[MEASURED_AT]
+        self._found = {
+            name: Conditioning(*(inf if value is None else value for value in each))
+            for name, each in state["found"].items()
+        }

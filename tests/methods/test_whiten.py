@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
@@ -135,6 +136,7 @@ def test_measurements_are_those_of_the_covariance() -> None:
     outputs = model.conv1(torch.cat(batches)).detach().transpose(0, 1).flatten(1)
     values = torch.linalg.eigvalsh(torch.cov(outputs, correction=0))
     found = method.scalars()
+    assert found.pop("measured_at") == 1
     assert set(found) == {
         f"norm1/{key}" for key in ("lambda_max", "lambda_min", "condition", "condition_resolved", "rank",
                                    "effective_rank", "ridge")
@@ -160,6 +162,7 @@ def test_only_due_steps_are_measured_and_never_evaluation() -> None:
         step(model, method, index, pictures(index))
         measured.append(method.scalars() != before)
     assert measured == [True, False, True, False, False, True, False]
+    assert method.scalars()["measured_at"] == 6
 
 
 def test_the_rank_of_a_first_convolution_is_that_of_its_patches() -> None:
@@ -221,5 +224,5 @@ def test_measurements_go_round() -> None:
     again.load_state(method.state())
     assert again.scalars() == {}
     step(model, method, 0, pictures())
-    again.load_state(method.state())
+    again.load_state(json.loads(json.dumps(method.state(), allow_nan=False)))
     assert again.scalars() == method.scalars() != {} and again._step == 1

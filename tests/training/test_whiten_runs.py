@@ -34,6 +34,21 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "whole"
 
 
+def test_a_singular_covariance_can_be_saved(tmp_path: Path) -> None:
+    """Digits have one channel, so nine numbers a patch: without a ridge the condition is infinite, null in the log."""
+    sections = {
+        **SECTIONS,
+        "methods": "[{name: track_conditioning, every: 2}]",
+        "train": "{steps: 4, threads: 1}",
+        "run": "{dir: FOLDER, save_every_steps: 2, log_every: 2}",
+    }
+    path = write(tmp_path, "run", **sections)
+    die_at(path, 4)
+    train(load_train(path), resume=True)
+    assert lines_of(tmp_path / "run", CONDITION) == [None, None]
+    assert lines_of(tmp_path / "run", CONDITION.replace("norm1/condition", "norm1/rank")) == [9, 9]
+
+
 def test_killed_and_resumed(whole: Path, tmp_path: Path) -> None:
     broken = write(tmp_path, "broken", **SECTIONS)
     die_at(broken, 7)
@@ -41,6 +56,7 @@ def test_killed_and_resumed(whole: Path, tmp_path: Path) -> None:
     assert_same_runs(whole, tmp_path / "broken")
     conditions = lines_of(whole, CONDITION)
     assert len(conditions) == 5 and len(set(conditions)) == 4  # measured at 1, 3, 6 and 9
+    assert lines_of(whole, CONDITION.replace("norm1/condition", "measured_at")) == [1, 3, 6, 6, 9]
 
 
 def test_a_saved_run_is_evaluated_as_it_was(whole: Path) -> None:
@@ -67,10 +83,10 @@ def test_runs_are_compared(whole: Path, tmp_path: Path) -> None:
     assert done.exit_code == 0, done.output
     assert "condition" in done.stdout and "groups=4" in done.stdout
     rows = list(csv.DictReader((out / "conditioning.csv").read_text("utf-8").splitlines()))
-    measured = open_run(whole).metrics[CONDITION]
+    logged = open_run(whole).metrics[CONDITION].values
     mine = [row for row in rows if row["run"] == "whole"]
-    assert [int(row["step"]) for row in mine] == list(measured.steps)
-    assert [float(row["condition"]) for row in mine] == list(measured.values)
+    assert [int(row["step"]) for row in mine] == [1, 3, 6, 9]  # each once, where it was measured
+    assert [float(row["condition"]) for row in mine] == [logged[0], logged[1], logged[2], logged[4]]
     assert {path.name for path in out.iterdir()} >= {"conditioning.html", "conditioning.json", "figures"}
     again = CliRunner().invoke(app, words)
     assert again.exit_code == 6 and "--force" in again.output
