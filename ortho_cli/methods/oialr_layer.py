@@ -8,15 +8,18 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ortho_cli.errors import NumericsError, UsageError
+from ortho_cli.errors import NumericsError
 from ortho_cli.linalg.polar import polar_factor
 from ortho_cli.linalg.subspace import factor_stability, flatten
 
+from .adapter_layer import is_sharded, whole
 from .basis_layers import BasisLayer, basis_layer, decompose
 from .factorized_select import Candidate
 from .inject import replace_modules
-from .oialr_moments import carry_moments, project
+from .oialr_moments import Projection, carry_moments, project
 from .oialr_ranks import Spectrum
+from .oialr_sharded import shard_like, unsharded
+from .sharded import as_sharded
 
 __all__ = ["SettlingLayer", "from_first"]
 
@@ -78,12 +81,12 @@ class SettlingLayer:
         """What trains: the weight, or the core."""
         found = self.module.M if isinstance(self.module, BasisLayer) else self.module._parameters["weight"]
         assert found is not None
-        if hasattr(found, "full_tensor"):
-            raise UsageError(
-                "oialr changes the shapes of weights, which sharded ones (FSDP) cannot take",
-                hint="use DDP, where frozen bases save the gradients and moments that sharding would spread",
-            )
         return found
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each process holds a part only, so that all must ask together."""
+        return is_sharded(self.trained)
 
     @torch.no_grad()
     def measure(self) -> Tensor:
@@ -92,12 +95,12 @@ class SettlingLayer:
         Raises:
             NumericsError: a value that is not finite.
         """
-        weight = flatten(self.trained.detach())
+        weight = flatten(whole(self.trained).detach())
         if not bool(torch.isfinite(weight).all()):
             raise NumericsError(f"layer {self.name} has values that are not finite")
         now = polar_factor(weight).factor
-        before, self._basis = self._basis, now
-        value = float("nan") if before is None else factor_stability(before, now)
+        before, self._basis = self._basis, as_sharded(now, self.trained)
+        value = float("nan") if before is None else factor_stability(whole(before), now)
         return torch.tensor(value, dtype=torch.float64, device=now.device)
 
     def note(self, stability: float, threshold: float) -> None:
@@ -119,21 +122,39 @@ class SettlingLayer:
         Returns:
             The singular values, the diagonal of the core; None on the meta device.
         """
-        old, layer = self.trained, basis_layer(self.module)
+        old = self.trained
         if old.is_meta:
-            self._replace(model, layer)
+            self._replace(model, basis_layer(self.module))
             return None
-        u, values, vt = decompose(self.form.to_matrix(old), f"layer {self.name}")
+        u, values, vt = decompose(self.form.to_matrix(whole(old)), f"layer {self.name}")
         from_first(u, values, vt)
+        layer = basis_layer(unsharded(self.module) if self.sharded else self.module)
         layer.set_parts(u, values, vt)
-        self._replace(model, layer)
-        if optimizer is not None:
 
-            def image(moment: Tensor, squared: bool) -> Tensor:
-                return project(u, self.form.to_matrix(moment), vt, squared=squared)
+        def image(moment: Tensor, squared: bool) -> Tensor:
+            return project(u, self.form.to_matrix(moment), vt, squared=squared)
 
-            carry_moments(optimizer, old, layer.M, image, moments)
+        self._hand_over(model, layer, old, optimizer, image, moments)
         return values
+
+    def _hand_over(
+        self,
+        model: nn.Module,
+        layer: BasisLayer,
+        old: nn.Parameter,
+        optimizer: torch.optim.Optimizer | None,
+        image: Projection,
+        moments: str,
+    ) -> None:
+        """Let a layer stand in the model, and its core train in place of `old`; sharded alike."""
+        shard_like(layer, old)
+        if optimizer is not None:
+            carry_moments(optimizer, old, layer.M, image, moments)
+            bias = self.module._parameters.get("bias")
+            if bias is not None and layer.bias is not None and layer.bias is not bias:
+                carry_moments(optimizer, bias, layer.bias, lambda moment, squared: moment)
+        if layer is not self.module:
+            self._replace(model, layer)
 
     def _replace(self, model: nn.Module, layer: BasisLayer) -> None:
         replace_modules(model, {id(self.module): layer})
@@ -144,15 +165,19 @@ class SettlingLayer:
         assert isinstance(self.module, BasisLayer)
         if diagonal is not None:
             return Decomposed(Spectrum(diagonal, self.form.rows, self.form.cols, self.lost))
-        left, values, right = decompose(self.module.cores(), f"layer {self.name}")
+        core = whole(self.module.M).view(-1, self.module.rank, self.module.rank)
+        left, values, right = decompose(core if self.form.groups > 1 else core[0], f"layer {self.name}")
         from_first(left, values, right)
         return Decomposed(Spectrum(values, self.form.rows, self.form.cols, self.lost), left, right)
 
     @torch.no_grad()
-    def cut(self, core: Decomposed, rank: int, optimizer: torch.optim.Optimizer, moments: str) -> None:
+    def cut(
+        self, model: nn.Module, core: Decomposed, rank: int, optimizer: torch.optim.Optimizer, moments: str
+    ) -> None:
         """Turn the basis into the core's own, and keep its leading part.
 
         Args:
+            model: wherever the layer stands in it, its new form does.
             core: as it is.
             rank: to keep.
             optimizer: that holds the core.
@@ -163,22 +188,24 @@ class SettlingLayer:
         if left is None or right is None:
             left = right = torch.eye(values.shape[-1], dtype=values.dtype, device=values.device)
         left, right = left[..., :rank], right[..., :rank, :]
-        old, shape = layer.M, layer.cores().shape
-        u, vt = (part.to(values.dtype) for part in layer.form.unstack(layer.U, layer.VT))
-        layer.set_parts(u @ left, values[..., :rank], right @ vt)
-        self.lost += float(values[..., rank:].double().square().sum())
+        u, vt = (part.to(values.dtype) for part in layer.form.unstack(whole(layer.U), whole(layer.VT)))
+        old, shape = layer.M, (*values.shape, values.shape[-1])
 
         def image(moment: Tensor, squared: bool) -> Tensor:
             return project(left, moment.reshape(shape), right, squared=squared)
 
-        carry_moments(optimizer, old, layer.M, image, moments)
+        cut = basis_layer(unsharded(layer), rank) if self.sharded else layer
+        cut.set_parts(u @ left, values[..., :rank], right @ vt)
+        self.lost += float(values[..., rank:].double().square().sum())
+        self._hand_over(model, cut, old, optimizer, image, moments)
 
     def state(self) -> dict[str, Any]:
-        """What a resumed run needs, for JSON; and `basis`, a tensor or None."""
+        """What a resumed run needs, for JSON; and `basis`, a whole tensor or None: every process must ask."""
         highest = None if self.highest == float("-inf") else self.highest
         return {
             "rank": self.rank, "streak": self.streak, "stability": self.stability, "highest": highest,
-            "lost": self.lost, "ranks": [list(each) for each in self.ranks], "basis": self._basis,
+            "lost": self.lost, "ranks": [list(each) for each in self.ranks],
+            "basis": None if self._basis is None else whole(self._basis),
         }  # fmt: skip
 
     def load_state(self, state: dict[str, Any], model: nn.Module) -> None:

@@ -81,7 +81,7 @@ class OIALR:
         """Count one training step, and check layers when it is time; call it after `optimizer.step()`.
 
         Returns:
-            Whether parameters were replaced; whoever else holds some (a wrapper such as DDP) must then be made anew.
+            Whether parameters were replaced that a wrapper such as DDP still holds: it must then be made anew.
         """
         if self.optimizer is None:
             raise UsageError("step() needs the optimizer", hint="oialr(model, optimizer, ...)")
@@ -95,9 +95,12 @@ class OIALR:
     def check(self, optimizer: torch.optim.Optimizer, done: int) -> bool:
         """After `done` steps, if it is time: measure the layers that this optimizer trains, convert and cut them.
 
+        Returns:
+            Whether parameters were replaced that a wrapper such as DDP still holds. Those of a model under
+            `fully_shard` are sharded again already.
+
         Raises:
             NumericsError: a weight or a core that is not finite.
-            UsageError: weights are sharded.
         """
         if not self.is_due(done):
             return False
@@ -114,7 +117,7 @@ class OIALR:
         for layer in {id(each): each for each in [*waiting, *cut]}.values():
             assert layer.rank is not None
             layer.ranks.append((done, layer.rank))
-        return bool(waiting or cut)
+        return any(not layer.sharded for layer in [*waiting, *cut])
 
     def _held_by(self, optimizer: torch.optim.Optimizer) -> list[SettlingLayer]:
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
@@ -136,7 +139,7 @@ class OIALR:
         ranks = cut_ranks({name: each.spectrum for name, each in found.items()}, self.cut, self.beta)
         fewer = [layer for layer in layers if ranks[layer.name] != layer.rank]
         for layer in fewer:
-            layer.cut(found[layer.name], ranks[layer.name], optimizer, self.moments)
+            layer.cut(self.model, found[layer.name], ranks[layer.name], optimizer, self.moments)
         return fewer
 
     @property

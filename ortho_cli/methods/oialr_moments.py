@@ -12,7 +12,10 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-__all__ = ["MOMENTS", "carry_moments", "project"]
+from .adapter_layer import whole
+from .sharded import as_sharded
+
+__all__ = ["MOMENTS", "Projection", "carry_moments", "project"]
 
 MOMENTS = ("rotate", "zero")
 # State of torch's optimizers and ours that is an average of gradients, or of their squares; the rest of a weight's
@@ -51,7 +54,7 @@ def carry_moments(
         optimizer: any; its groups and its state are changed in place.
         old: that it holds.
         new: that it will hold.
-        image: (moment of `old`, whether it is one of squares) -> moment of `new`.
+        image: (whole moment of `old`, whether it is one of squares) -> moment of `new`.
         moments: "rotate", or "zero" to begin anew, the step counter included.
     """
     for group in optimizer.param_groups:
@@ -64,8 +67,8 @@ def carry_moments(
         if not isinstance(value, Tensor) or value.shape != old.shape:
             carried[key] = value
         elif key in AVERAGES | SQUARES:
-            moment = image(value, key in SQUARES)
-            carried[key] = moment.reshape(new.shape).to(value.dtype).contiguous()
+            moment = image(whole(value), key in SQUARES)
+            carried[key] = as_sharded(moment.reshape(new.shape).to(value.dtype).contiguous(), new)
         else:
-            carried[key] = value.new_zeros(new.shape)
+            carried[key] = as_sharded(whole(value).new_zeros(new.shape), new)
     optimizer.state[new] = carried

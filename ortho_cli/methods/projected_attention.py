@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ortho_cli.errors import UsageError
 
+from .adapter_layer import is_sharded
 from .basis_layers import BasisLinear
 from .inject import replace_modules
 
@@ -175,6 +176,9 @@ def _rows_of(layer: nn.Linear | BasisLinear, inputs: Tensor, rows: slice) -> Ten
     """Some outputs of a projection without a bias."""
     if isinstance(layer, BasisLinear):
         return layer.rows_of(inputs, rows)
+    if is_sharded(layer.weight):  # a unit of its own under fully_shard, gathered for its forward alone
+        found: Tensor = layer(inputs)[..., rows]
+        return found
     return F.linear(inputs, layer.weight[rows])
 
 
