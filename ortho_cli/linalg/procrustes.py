@@ -7,20 +7,23 @@ Over all rotations this is Procrustes' problem, `in x in` and ill-posed where `W
 
 from __future__ import annotations
 
+from math import isfinite
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ortho_cli.errors import NumericsError, TargetError
+from ortho_cli.linalg.planes import find_planes
 from ortho_cli.linalg.precision import at_least_float32
 from ortho_cli.linalg.rotation import LowRankRotation, orthonormal_basis
-from ortho_cli.linalg.spectral import frobenius_norm, spectral_factors
+from ortho_cli.linalg.spectral import RESOLVED, frobenius_norm, spectral_factors
 from ortho_cli.linalg.subspace_iteration import TOLERANCE, leading_subspace, prefers_subspace
 
 __all__ = ["extract_rotation", "nearest_rotation"]
 
-# Looks at what is left of the change. The second finds what float32 products cannot see beside the largest directions
-# of the first: a few thousandths of them, and less.
-LOOKS = 2
+# The span searched beside what is kept: the directions that change most need not be those that turn most.
+SEARCHED = 2
 # Singular values of the fit below this share of the largest are rounding, and so is what they would turn.
 INDIFFERENT = 1e-12
 
@@ -59,9 +62,9 @@ def nearest_rotation(before: Tensor, after: Tensor) -> Tensor:
 def extract_rotation(before: Tensor, after: Tensor, reflections: int) -> LowRankRotation:
     """Find the rotation on the input side that explains the most of a weight's change.
 
-    The leading right singular vectors of the change are the span that turns; Procrustes' problem is solved there, and
-    again together with those of what is left. The planes that move the weight most are kept, and it is solved once more
-    within them.
+    The leading right singular vectors of the change span twice what is asked for; Procrustes' problem is solved there,
+    the planes that move the weight most are kept, and it is solved once more within them. Where float32 products could
+    not see the last of the directions beside the first, those of what is left of the change are searched as well.
 
     Args:
         before: `W_0 (out, in)`, any plain float type.
@@ -76,7 +79,7 @@ def extract_rotation(before: Tensor, after: Tensor, reflections: int) -> LowRank
         TargetError: shapes that differ, or fewer than two reflections.
         NumericsError: a value that is not finite.
 
-    Cost: two leading subspaces of an `out x in` matrix (each a dozen products with `r` columns).
+    Cost: the leading subspace of an `out x in` matrix, at worst two (each a dozen products with `2 r` columns).
     Reference: OrthoMerge, arXiv:2602.05943, section 3 (for all of `in x in`).
 
     >>> turn = LowRankRotation(torch.eye(3)[:, :2], torch.tensor([[0.0, -1.0], [1.0, 0.0]]))
@@ -90,48 +93,64 @@ def extract_rotation(before: Tensor, after: Tensor, reflections: int) -> LowRank
     if reflections < 2:
         raise TargetError(f"a rotation takes at least two reflections, found {reflections}")
     start, end = at_least_float32(before, "weight"), at_least_float32(after, "weight")
-    span = start.new_zeros(start.shape[1], 0, dtype=torch.float64)
-    found = LowRankRotation(span, span[:0], dtype=start.dtype)
-    for _ in range(LOOKS):
-        left = found.apply(start)
-        norm = float(frobenius_norm(torch.sub(end, left, out=left)))
-        if norm != norm or norm == float("inf"):
-            raise NumericsError(f"weights of shape {tuple(start.shape)} hold values that are not finite")
-        if norm == 0:
-            break
-        more = _leading_rows(left, min(reflections, min(start.shape) - span.shape[1]))
+    change = end - start
+    norm = float(frobenius_norm(change))
+    if not isfinite(norm):
+        raise NumericsError(f"weights of shape {tuple(start.shape)} hold values that are not finite")
+    if norm == 0:
+        nothing = start.new_zeros(start.shape[1], 0, dtype=torch.float64)
+        return LowRankRotation(nothing, nothing[:0], dtype=start.dtype)
+    span, resolved = _leading_rows(change, SEARCHED * reflections, reflections)
+    seen = _Seen.of(start, end, span)
+    if not resolved:
+        left = change.addmm_(seen.before @ seen.turn().to(start.dtype), span.T.to(start.dtype), alpha=-1)
+        more, _ = _leading_rows(left, reflections, reflections)
         span = orthonormal_basis(torch.cat([span, more], dim=1))[0]
-        found = _restricted(start, end, span)
-    return _restricted(start, end, _planes_that_move(start, found, reflections // 2))
+        seen = _Seen.of(start, end, span)
+    kept = seen.planes_that_move(reflections // 2)
+    core = nearest_rotation(seen.before.double() @ kept, seen.after.double() @ kept)
+    return LowRankRotation(span @ kept, core, dtype=start.dtype)
 
 
-def _leading_rows(matrix: Tensor, rank: int) -> Tensor:
-    """Orthonormal `(in, rank)`, float64: the span of the leading right singular vectors."""
-    if rank == 0:
-        return matrix.new_zeros(matrix.shape[1], 0, dtype=torch.float64)
+class _Seen(NamedTuple):
+    """Both weights within a span: `W_0 Z` and `W_1 Z`, and the rotation `K` between them."""
+
+    before: Tensor
+    after: Tensor
+    core: Tensor
+
+    @classmethod
+    def of(cls, start: Tensor, end: Tensor, span: Tensor) -> _Seen:
+        columns = span.to(start.dtype)
+        before, after = start @ columns, end @ columns
+        return cls(before, after, nearest_rotation(before, after))
+
+    def turn(self) -> Tensor:
+        """`K - I`."""
+        return self.core - torch.eye(self.core.shape[0], dtype=self.core.dtype)
+
+    def planes_that_move(self, count: int) -> Tensor:
+        """Orthonormal `(k, 2 count)`: the planes whose turn moves the weight most, by `2 sin(t / 2) ||W_0 Z P||_F`."""
+        planes = find_planes(self.core)
+        columns = planes.pairs.transpose(0, 1)
+        moved = (self.before.double() @ columns.flatten(1)).square().sum(0).view(-1, 2).sum(1).sqrt()
+        order = ((planes.angles / 2).sin() * moved).argsort(descending=True, stable=True)
+        basis: Tensor = torch.linalg.qr(columns[:, order[:count]].flatten(1)).Q
+        return basis
+
+
+def _leading_rows(matrix: Tensor, rank: int, needed: int) -> tuple[Tensor, bool]:
+    """Orthonormal `(in, rank)`, float64: the leading right singular vectors; whether the first `needed` are sure."""
     height, width = matrix.shape
-    if prefers_subspace(height, width, rank, TOLERANCE):
-        tall = height >= width
-        basis, product = leading_subspace(matrix if tall else matrix.mT, rank)
-        rows = basis if tall else product
-    else:
-        rows = spectral_factors(matrix, rank, method="gram").vt.mT
-    span: Tensor = torch.linalg.qr(rows.double()).Q
-    return span
+    rank = min(rank, height, width)
+    if not prefers_subspace(height, width, rank, TOLERANCE):
+        return _orthonormal(spectral_factors(matrix, rank, method="gram").vt.mT), True
+    tall = height >= width
+    basis, product = leading_subspace(matrix if tall else matrix.mT, rank)
+    values = torch.linalg.vector_norm(product, dim=0)
+    return _orthonormal(basis if tall else product), bool(values[needed - 1] > RESOLVED * values[0])
 
 
-def _restricted(start: Tensor, end: Tensor, basis: Tensor) -> LowRankRotation:
-    """The best rotation within a span."""
-    span = basis.to(start.dtype)
-    return LowRankRotation(basis, nearest_rotation(start @ span, end @ span), dtype=start.dtype)
-
-
-def _planes_that_move(start: Tensor, found: LowRankRotation, count: int) -> Tensor:
-    """Orthonormal `(in, 2 count)`: the planes whose turn changes the weight most, by `2 sin(t / 2) ||W_0 P||_F`."""
-    planes = found.planes()
-    columns = torch.einsum("dk,pkc->dpc", found.basis, planes.pairs)
-    seen = (start @ columns.flatten(1).to(start.dtype)).view(start.shape[0], *columns.shape[1:])
-    moved = (planes.angles / 2).sin() * seen.double().square().sum((0, 2)).sqrt()
-    kept = moved.argsort(descending=True, stable=True)[:count]
-    span: Tensor = torch.linalg.qr(columns[:, kept].flatten(1)).Q
-    return span
+def _orthonormal(columns: Tensor) -> Tensor:
+    basis: Tensor = torch.linalg.qr(columns.double()).Q
+    return basis

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from math import isfinite
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ortho_cli.checkpoints.matrices import read_matrix
@@ -65,11 +66,12 @@ class ExtractWork:
 
         pair = self.pairs[name]
         left, end = read_matrix(pair.layer.info, pair.layer.view), read_matrix(pair.weights.tuned, pair.layer.view)
-        check_finite(left, pair.layer)
-        check_finite(end, pair.layer)
         dtype = torch.promote_types(left.dtype, end.dtype)
         left, end = left.to(dtype), end.to(dtype)
         norm, change = float(frobenius_norm(left)), float(frobenius_norm(end - left)) ** 2
+        if not isfinite(norm + change):
+            check_finite(left, pair.layer)
+            check_finite(end, pair.layer)
         vectors, factors, angle = None, None, None
         if self.kind != "lora" and not pair.still:
             vectors, angle = self._vectors(name, left, end)

@@ -121,7 +121,8 @@ def same_values(pair: TensorPair) -> bool:
         for rows in blocks:
             left, right = reader.read(base, rows).reshape(-1), other.read(tuned, rows).reshape(-1)
             if left.dtype == right.dtype:
-                equal = torch.equal(left.view(torch.uint8), right.view(torch.uint8))
+                word = torch.int64 if left.nbytes % 8 == 0 else torch.uint8  # ten times as fast, where it fits
+                equal = torch.equal(left.view(word), right.view(word))
             else:
                 equal = torch.equal(left.to(right.dtype), right) or torch.equal(left, right.to(left.dtype))
             if not equal:
