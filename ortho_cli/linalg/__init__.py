@@ -19,6 +19,7 @@
 | `polar.py`, `polar_express.py`, `subspace.py` | the basis of a weight (its polar factor), and how far it moved |
 | `nog.py`, `olr.py` | nearest orthogonal gradients; the rate that keeps a weight's length |
 | `skew_conv.py`, `orthogonal_loss.py` | orthogonal convolutions; soft orthogonality of one matrix |
+| `rootm.py`, `conditioning.py` | matrix roots and inverse roots, for whitening; how well conditioned a covariance is |
 | `precision.py` | which dtypes are computed in and which are refused |
 """
 
@@ -40,6 +41,7 @@ from ortho_cli.linalg.polar import Polar, polar_factor
 from ortho_cli.linalg.product import non_orthogonality, nuclear_norm, product_norm, rebalance
 from ortho_cli.linalg.ranks import LayerSize, energy_rank, error_rank, scale_for_parameters, scaled_rank
 from ortho_cli.linalg.reflections import normalize, orthonormalize, reflect_activations, reflect_weight, wy_factor
+from ortho_cli.linalg.rootm import inverse_sqrtm, sqrtm
 from ortho_cli.linalg.rotation import LowRankRotation
 from ortho_cli.linalg.spectral import relative_error, singular_values, spectral_factors
 from ortho_cli.linalg.starts import orthonormal_start, pad_pairs, paired_start
@@ -74,6 +76,7 @@ __all__ = [
     "find_planes",
     "fold_core",
     "group_penalty",
+    "inverse_sqrtm",
     "limit_skew",
     "non_orthogonality",
     "normalize",
@@ -98,6 +101,7 @@ __all__ = [
     "skew_from_upper",
     "skew_part",
     "spectral_factors",
+    "sqrtm",
     "stability",
     "truncated_stability",
     "wy_factor",
