@@ -35,7 +35,14 @@
     return made;
   }
 
-  function traces(figure) {
+  // The end of a name, as much of it as a legend has room for beside axis and line.
+  const ending = (name, width) => {
+    const most = Math.floor((width - 120) / 7.5);
+    return name.length > most ? `…${name.slice(1 - most)}` : name;
+  };
+
+  function traces(figure, width) {
+    const legend = figure.meta.labelled && width < NARROW;
     const theme = themes[dark.matches ? "dark" : "light"];
     const colors = theme[figure.meta.scale];
     return figure.data.map((trace) => {
@@ -45,6 +52,7 @@
         const title = { ...trace.colorbar.title, font };
         return { ...trace, colorscale, colorbar: { ...trace.colorbar, title, tickfont: font } };
       }
+      if (legend && trace.name) return { ...trace, name: ending(trace.name, width) };
       if (trace.line && trace.line.color === "ink") return { ...trace, line: { ...trace.line, color: theme.ink.text } };
       return trace.error_x ? { ...trace, error_x: { ...trace.error_x, color: theme.ink.faint } } : trace;
     });
@@ -53,7 +61,8 @@
   const plots = [...document.querySelectorAll(".plot")];
   const draw = (plot) => {
     const figure = JSON.parse(plot.previousElementSibling.textContent);
-    return Plotly.react(plot, traces(figure), layout(figure, plot.clientWidth), CONFIG);
+    const width = plot.clientWidth;
+    return Plotly.react(plot, traces(figure, width), layout(figure, width), CONFIG);
   };
   plots.forEach(draw);
   dark.addEventListener("change", () => plots.forEach(draw));
