@@ -34,6 +34,14 @@ FULL: dict[str, dict[str, Any]] = {
         "merged": "m", "adapters": [{"path": "b", "strength": 2.0}], "output": "out", "undo": None, "strength": 0.5,
         "exact": True, "max_shard_size": "500MB",
     },
+    "combine": {
+        "adapters": [{"path": "a", "strength": 0.3}, {"path": "b"}], "output": "out", "mode": ["slerp", "ties"],
+        "rank": [8, "**.attn2.**=16"], "base": "x", "density": 0.2, "restore_angles": True, "seed": 7,
+    },
+    "extract": {
+        "base": "x", "tuned": "y", "output": "out", "kind": "both", "rank": [8, "**.attn2.**=16"], "energy": None,
+        "targets": ["**"], "exclude": ["mid.*"],
+    },
     "convert": {"input": "x", "output": "y.safetensors", "to": "kohya-lora", "base": "z", "strength": [0.5]},
     "analyze-stability": {
         "series": ["run", "step*.safetensors"], "output": "out", "revisions": "step*", "lag": [1, 5],
@@ -70,6 +78,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "unmerge": {
         "adapters": [], "output": None, "undo": None, "strength": 1.0, "exact": False, "max_shard_size": None,
     },
+    "combine": {
+        "output": None, "mode": [], "rank": None, "base": None, "density": 0.5, "restore_angles": False, "seed": 0,
+    },
+    "extract": {
+        "output": None, "kind": "hra", "rank": None, "energy": None, "targets": None, "exclude": [],
+    },
     "convert": {"output": None, "to": None, "base": None, "strength": 1.0},
     "analyze-stability": {
         "output": "stability-report", "revisions": None, "lag": None, "reference": None, "top_rank": None,
@@ -93,6 +107,8 @@ LEAST = {
     "factorize": "checkpoint: x\n",
     "merge": "base: x\n",
     "unmerge": "merged: x\n",
+    "combine": "adapters: [{path: a, strength: 1.0}, {path: b, strength: 0.5}]\n",
+    "extract": "base: x\ntuned: y\n",
     "convert": "input: x\n",
     "analyze-stability": "series: [x]\n",
     "analyze-orthogonality": "checkpoint: x\n",
