@@ -59,7 +59,7 @@ def nearest_rotation(before: Tensor, after: Tensor) -> Tensor:
     return rotation
 
 
-def extract_rotation(before: Tensor, after: Tensor, reflections: int) -> LowRankRotation:
+def extract_rotation(weight: Tensor, change: Tensor, reflections: int) -> LowRankRotation:
     """Find the rotation on the input side that explains the most of a weight's change.
 
     The leading right singular vectors of the change span twice what is asked for; Procrustes' problem is solved there,
@@ -67,8 +67,8 @@ def extract_rotation(before: Tensor, after: Tensor, reflections: int) -> LowRank
     not see the last of the directions beside the first, those of what is left of the change are searched as well.
 
     Args:
-        before: `W_0 (out, in)`, any plain float type.
-        after: `W_1 (out, in)`.
+        weight: `W_0 (out, in)`, any plain float type.
+        change: `W_1 - W_0 (out, in)`, likewise.
         reflections: how many the adapter may have, at least 2: one alone mirrors, and does not turn. Of an odd number
             the last is not used.
 
@@ -84,29 +84,28 @@ def extract_rotation(before: Tensor, after: Tensor, reflections: int) -> LowRank
 
     >>> turn = LowRankRotation(torch.eye(3)[:, :2], torch.tensor([[0.0, -1.0], [1.0, 0.0]]))
     >>> weight = torch.tensor([[1.0, 2.0, 3.0], [0.0, 1.0, -1.0]])
-    >>> found = extract_rotation(weight, turn.apply(weight), 2)
+    >>> found = extract_rotation(weight, turn.apply(weight) - weight, 2)
     >>> bool(torch.allclose(found.apply(weight), turn.apply(weight), atol=1e-6))
     True
     """
-    if before.shape != after.shape or before.dim() != 2:
-        raise TargetError(f"weights of shapes {tuple(before.shape)} and {tuple(after.shape)}: not one layer")
+    if weight.shape != change.shape or weight.dim() != 2:
+        raise TargetError(f"a weight of shape {tuple(weight.shape)}, a change of {tuple(change.shape)}: not one layer")
     if reflections < 2:
         raise TargetError(f"a rotation takes at least two reflections, found {reflections}")
-    start, end = at_least_float32(before, "weight"), at_least_float32(after, "weight")
-    change = end - start
-    norm = float(frobenius_norm(change))
+    start, moved = at_least_float32(weight, "weight"), at_least_float32(change, "change")
+    norm = float(frobenius_norm(moved))
     if not isfinite(norm):
-        raise NumericsError(f"weights of shape {tuple(start.shape)} hold values that are not finite")
+        raise NumericsError(f"the change of a weight of shape {tuple(start.shape)} is not finite")
     if norm == 0:
         nothing = start.new_zeros(start.shape[1], 0, dtype=torch.float64)
         return LowRankRotation(nothing, nothing[:0], dtype=start.dtype)
-    span, resolved = _leading_rows(change, SEARCHED * reflections, reflections)
-    seen = _Seen.of(start, end, span)
+    span, resolved = _leading_rows(moved, SEARCHED * reflections, reflections)
+    seen = _Seen.of(start, moved, span)
     if not resolved:
-        left = change.addmm_(seen.before @ seen.turn().to(start.dtype), span.T.to(start.dtype), alpha=-1)
+        left = torch.addmm(moved, seen.before @ seen.turn().to(start.dtype), span.T.to(start.dtype), alpha=-1)
         more, _ = _leading_rows(left, reflections, reflections)
         span = orthonormal_basis(torch.cat([span, more], dim=1))[0]
-        seen = _Seen.of(start, end, span)
+        seen = _Seen.of(start, moved, span)
     kept = seen.planes_that_move(reflections // 2)
     core = nearest_rotation(seen.before.double() @ kept, seen.after.double() @ kept)
     return LowRankRotation(span @ kept, core, dtype=start.dtype)
@@ -120,9 +119,10 @@ class _Seen(NamedTuple):
     core: Tensor
 
     @classmethod
-    def of(cls, start: Tensor, end: Tensor, span: Tensor) -> _Seen:
+    def of(cls, start: Tensor, moved: Tensor, span: Tensor) -> _Seen:
         columns = span.to(start.dtype)
-        before, after = start @ columns, end @ columns
+        before = start @ columns
+        after = torch.addmm(before, moved, columns)
         return cls(before, after, nearest_rotation(before, after))
 
     def turn(self) -> Tensor:

@@ -65,39 +65,38 @@ class ExtractWork:
         from ortho_cli.linalg.spectral import frobenius_norm
 
         pair = self.pairs[name]
-        left, end = read_matrix(pair.layer.info, pair.layer.view), read_matrix(pair.weights.tuned, pair.layer.view)
-        dtype = torch.promote_types(left.dtype, end.dtype)
-        left, end = left.to(dtype), end.to(dtype)
-        norm, change = float(frobenius_norm(left)), float(frobenius_norm(end - left)) ** 2
-        if not isfinite(norm + change):
-            check_finite(left, pair.layer)
-            check_finite(end, pair.layer)
-        vectors, factors, angle = None, None, None
+        weight, change = read_matrix(pair.layer.info, pair.layer.view), read_matrix(pair.weights.tuned, pair.layer.view)
+        dtype = torch.promote_types(weight.dtype, change.dtype)
+        weight, change = weight.to(dtype), change.to(dtype).sub_(weight)
+        norm, moved = float(frobenius_norm(weight)), float(frobenius_norm(change)) ** 2
+        if not isfinite(norm + moved):
+            check_finite(weight, pair.layer)
+            check_finite(change, pair.layer)
+        vectors, factors, angle, turned = None, None, None, moved
         if self.kind != "lora" and not pair.still:
-            vectors, angle = self._vectors(name, left, end)
-            if vectors.shape[1]:
-                left = Householder(vectors).apply(left)  # as stored: what rounding them leaves is left
-        residual = end.sub_(left)
-        del left
-        turned = missed = float(frobenius_norm(residual)) ** 2
+            vectors, angle = self._vectors(name, weight, change)
+            if vectors.shape[1]:  # as stored: what rounding them leaves is left
+                change.addmm_(*Householder(vectors).as_low_rank(weight), alpha=-1)
+                turned = float(frobenius_norm(change)) ** 2
+        missed = turned
         if self.kind != "hra":
-            found = self._low_rank(name, residual)
+            found = self._low_rank(name, change)
             factors, missed = (found.u.float(), found.vt.float()), turned * float(found.error) ** 2
         figures = {
             "rank": (vectors.shape[1] if vectors is not None else 0) + (factors[1].shape[0] if factors else 0),
-            "relative_change": change**0.5 / norm if norm else None,
+            "relative_change": moved**0.5 / norm if norm else None,
             **({"largest_angle": angle} if angle is not None else {}),
-            **explained(self.kind, change, turned, missed),
+            **explained(self.kind, moved, turned, missed),
         }
-        return Extracted(vectors, factors, change, turned, missed, figures)
+        return Extracted(vectors, factors, moved, turned, missed, figures)
 
     def job_bytes(self, name: str) -> int:
-        """Memory of one job: beside what factoring its weight takes, the other weight and their difference."""
+        """Memory of one job: what factoring one weight takes, and the other."""
         layer = self.pairs[name].layer
         rank = self.ranks.get(name, min(layer.size.rows, layer.size.cols))
         return job_bytes(layer, rank, whole=False, calibrated=False) + 8 * layer.info.numel
 
-    def _vectors(self, name: str, start: Tensor, end: Tensor) -> tuple[Tensor, float]:
+    def _vectors(self, name: str, weight: Tensor, change: Tensor) -> tuple[Tensor, float]:
         """Reflections as they will be stored, and the largest angle."""
         from ortho_cli.linalg.procrustes import extract_rotation
         from ortho_cli.linalg.ranks import energy_rank
@@ -106,9 +105,9 @@ class ExtractWork:
         if self.energy is None:
             reflections = self.ranks[name]
         else:
-            rank = energy_rank(singular_values(end - start), self.energy)
-            reflections = max(2, min(rank + rank % 2, min(start.shape) // 2 * 2))
-        found = extract_rotation(start, end, reflections)
+            rank = energy_rank(singular_values(change), self.energy)
+            reflections = max(2, min(rank + rank % 2, min(change.shape) // 2 * 2))
+        found = extract_rotation(weight, change, reflections)
         planes = found.planes()
         return found.reflections(planes).float(), float(planes.angles[0]) if len(planes.angles) else 0.0
 
