@@ -1,4 +1,4 @@
-"""`ortho demo`: the tour for a newcomer, offline, about a minute; every command is printed as one would type it.
+"""`ortho demo`: the tour for a newcomer, offline, under a minute; every command is printed as one would type it.
 
 First checkpoints, then training: the tour's checkpoint is too small a likeness to be trained, so a fixed nudge stands
 in for that there, and what is trained at the end are two small networks on digits.
