@@ -32,7 +32,7 @@ from .plan import OutputFile, Plan, provenance
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["ADAPTER_DIALECTS", "named_layers", "plan_convert_adapter", "refuse_leftovers"]
+__all__ = ["ADAPTER_DIALECTS", "method_at", "named_layers", "plan_convert_adapter", "refuse_leftovers"]
 
 ADAPTER_DIALECTS = ("peft-hra", "peft-lora", "kohya-lora", "diffusers-lora")
 SPAN_KEYS = ("gram_schmidt", "start", "apply_GS")  # of `ortho.method`, about the Gram-Schmidt variant
@@ -167,13 +167,17 @@ def named_layers(
     return [NamedLayer(name, name, layer, None) for name, layer in adapter.layers.items()]
 
 
+def method_at(adapter: Adapter, strength: Sequence[str]) -> dict[str, object]:
+    """What `ortho.method` says of an adapter, and still holds of its power."""
+    # A power of a Gram-Schmidt adapter is a plain chain, without a frozen start.
+    return {key: value for key, value in adapter.method.items() if not (strength and key in SPAN_KEYS)}
+
+
 def _metadata(
     adapter: Adapter, to: str, base: Checkpoint | None, fingerprint: str | None, strength: Sequence[str]
 ) -> dict[str, str]:
-    method: dict[str, object] = dict(adapter.method) or {"name": adapter.kind}
+    method = method_at(adapter, strength) or {"name": adapter.kind}
     method.pop("added", None)  # said of the checkpoint the adapter was in
-    if strength:  # a power of a Gram-Schmidt adapter is a plain chain, without a frozen start
-        method = {key: value for key, value in method.items() if key not in SPAN_KEYS}
     recorded = adapter.metadata.get("ortho.base_fingerprint")
     if to != "peft-hra" and "hra" in adapter.kind:
         method |= {"name": "hra", "form": "lora", "base_bound": True}

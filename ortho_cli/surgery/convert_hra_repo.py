@@ -13,7 +13,7 @@ from ortho_cli.errors import TargetError, UsageError
 
 from .adapter_factors import NamedLayer, is_span, reflection_factor, with_strengths
 from .add_hra import plan_add_hra
-from .convert_adapter import named_layers, refuse_leftovers
+from .convert_adapter import method_at, named_layers, refuse_leftovers
 from .fit import input_files
 from .plan import OutputFile, Plan, provenance
 
@@ -53,7 +53,7 @@ def plan_hra_repo(source: Path, output: Path, base: Checkpoint | None, strength:
         "convert",
         [adapter.source.rstrip("/")],
         {"to": "hra-repo", "base": Path(base.source.rstrip("/")), "strength": list(strength)},
-        method={"name": "hra", **adapter.method, "rank": rank, "apply_GS": apply_gs, "added": added},
+        method={"name": "hra", **method_at(adapter, strength), "rank": rank, "apply_GS": apply_gs, "added": added},
     )
     plan.files = [
         OutputFile(

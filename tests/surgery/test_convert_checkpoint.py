@@ -81,6 +81,20 @@ class TestHraRepo:
         assert two.keys() - one.keys() == COUNTERS
         assert all(torch.equal(one[name], two[name]) for name in one if name in two)
 
+    @pytest.mark.parametrize("gram_schmidt", [False, True])
+    def test_at_another_strength(self, base: Path, tmp_path: Path, gram_schmidt: bool) -> None:
+        add_hra(base, tmp_path / "hra", rank=4, gram_schmidt=gram_schmidt)
+        adapter = train(tmp_path / "hra")
+        convert(adapter, tmp_path / "repo.safetensors", "hra-repo", base=str(base), strength=0.5)
+        method = json.loads(metadata(tmp_path / "repo.safetensors")["ortho.method"])
+        assert not method["apply_GS"] and "gram_schmidt" not in method
+        merge(tmp_path / "repo.safetensors", [], tmp_path / "one.safetensors")
+        merge(base, [(adapter, 0.5)], tmp_path / "two.safetensors")
+        report = diff(tmp_path / "two.safetensors", tmp_path / "one.safetensors")
+        changed = [entry for entry in report.details if entry["status"] == "changed"]
+        assert all(entry["relative_difference"] < 1e-3 for entry in changed)  # a half-precision rounding at most
+        assert diff(base, tmp_path / "one.safetensors").totals["max_relative_difference"] > 1e-2
+
     def test_layers_left_alone_get_pairs_that_cancel(self, base: Path, tmp_path: Path) -> None:
         add_hra(base, tmp_path / "hra", rank=4, targets=["attn1.to_q"])
         report = convert(train(tmp_path / "hra"), tmp_path / "repo.safetensors", "hra-repo", base=str(base))
