@@ -1,4 +1,4 @@
-"""Take a merge back: exactly, by the undo file that it left; the record's own checks and the restored files' layout.
+"""Restore a base exactly, from a merged checkpoint and the undo file that the merge left.
 
 Nothing of the output exists before every tensor of the merged checkpoint has been found to be the one that the undo
 file was made for, and each restored tensor is checked against its SHA-256 while it is written.
