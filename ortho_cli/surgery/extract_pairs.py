@@ -21,7 +21,8 @@ from .factorize_selection import FactorLayer
 
 __all__ = ["BLOCKS_READ", "LayerPair", "Pairs", "TensorPair", "pair_checkpoints", "same_values"]
 
-BLOCKS_READ = 3 * BLOCK_BYTES  # what a comparison holds: a block of each, and one of them in the other's type
+COMPARED_BYTES = BLOCK_BYTES // 4  # two stay in a core's cache, and little is read of a layer that differs at once
+BLOCKS_READ = 3 * COMPARED_BYTES  # what a comparison holds: a block of each, and one of them in the other's type
 
 
 class TensorPair(NamedTuple):
@@ -116,7 +117,7 @@ def same_values(pair: TensorPair) -> bool:
         return False
     blocks: Sequence[slice | None] = [None]
     if base.shape[:1] == tuned.shape[:1] != () and base.numel:
-        blocks = list(row_blocks(base))
+        blocks = list(row_blocks(base, block_bytes=COMPARED_BYTES))
     with TensorReader() as reader, TensorReader() as other:
         for rows in blocks:
             left, right = reader.read(base, rows).reshape(-1), other.read(tuned, rows).reshape(-1)
