@@ -2,7 +2,8 @@
 
 `*` and `?` stay inside one component of the name, `**` crosses components, `[a-z]` and `[!a-z]` are one character,
 `{a,b}` are alternatives. A glob matches a whole name or a dotted suffix of it, as PEFT's target_modules do: `to_q`
-matches `blocks.0.attn1.to_q`, not `blocks.0.not_to_q`.
+matches `blocks.0.attn1.to_q`, not `blocks.0.not_to_q`. One that begins with `/` starts at the root, as in .gitignore:
+`/conv1` is a network's own `conv1`, not those of its blocks.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import re
 
 from ortho_cli.errors import UsageError
 
-__all__ = ["MAX_ALTERNATIVES", "compile_glob", "expand_braces"]
+__all__ = ["MAX_ALTERNATIVES", "ROOT", "compile_glob", "expand_braces"]
+
+ROOT = "/"  # in front of a glob, or of an alternative: it matches whole names only
 
 # Nested braces multiply; a pattern that means more than this was not typed by a person.
 MAX_ALTERNATIVES = 1024
@@ -33,11 +36,13 @@ def compile_glob(pattern: str) -> re.Pattern[str]:
     True
     >>> bool(compile_glob("attn*").fullmatch("unet.mid_block.attn2.to_q"))
     False
+    >>> [bool(compile_glob("/conv1").fullmatch(name)) for name in ("conv1", "layer1.0.conv1")]
+    [True, False]
     """
-    if not pattern:
+    if not pattern.lstrip(ROOT):
         raise UsageError("a pattern is empty", hint="write a layer name, a glob such as '**.attn1.*' or a preset")
     branches = [_Branch(pattern, glob, i).regex() for i, glob in enumerate(dict.fromkeys(expand_braces(pattern)))]
-    return re.compile(r"(?:.*\.)?(?:" + "|".join(branches) + ")", re.DOTALL)
+    return re.compile("|".join(branches), re.DOTALL)
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -84,13 +89,15 @@ class _Branch:
 
     def __init__(self, pattern: str, glob: str, number: int) -> None:
         self.pattern, self.number, self.groups = pattern, number, 0
+        rooted, glob = glob.startswith(ROOT), glob.removeprefix(ROOT)
         glob = re.sub(r"\*{3,}", "**", glob)
         glob = re.sub(r"(?<![^.])\*\*(?:\.\*\*)+(?![^.])", "**", glob)  # `**.**` is `**`
         self.glob = glob.removeprefix("**.")  # what suffix matching does anyway
+        self.start = "" if rooted and self.glob == glob else r"(?:.*\.)?"
 
     def regex(self) -> str:
         first, *rest = _GAP.split(self.glob)
-        out = self._segment(first, last=not rest)
+        out = self.start + self._segment(first, last=not rest)
         for i in range(0, len(rest), 2):
             gap, last = rest[i], i + 2 == len(rest)
             body = self._segment(rest[i + 1], last)

@@ -15,7 +15,7 @@ from typing import Any, TypeVar, overload
 
 from ortho_cli.errors import TargetError, UsageError
 
-from .globs import compile_glob
+from .globs import ROOT, compile_glob
 from .layouts import to_canonical
 from .presets import PRESETS, Preset, default_preset, preset_scope
 
@@ -152,7 +152,11 @@ def _hint(pattern: str, layers: Collection[str], layout: str) -> str:
     """What the writer of a pattern that matches nothing may have meant."""
     names = {spelling for layer in layers for spelling in (layer, to_canonical(layer, layout))}
     words = {_tail(name) for name in names} | {part for name in names for part in name.split(".") if not part.isdigit()}
-    literal = [part for part in re.split(r"[.*?{},\[\]!]+", pattern) if part]
+    literal = [part for part in re.split(r"[/.*?{},\[\]!]+", pattern) if part]
+    if pattern.startswith(ROOT):
+        deeper = _globbed(pattern.lstrip(ROOT), layers, layout)
+        if deeper:
+            return f"{ROOT} starts at the root; without it {len(deeper)} match, first {deeper[0]}; " + _LIST
     near = difflib.get_close_matches(_tail(".".join(literal)), sorted(words | set(PRESETS)), 3)
     return (f"nearest names: {', '.join(near)}; " if near else "") + _LIST
 

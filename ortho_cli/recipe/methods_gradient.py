@@ -15,8 +15,8 @@ Targets = Annotated[
     Patterns,
     Field(
         min_length=1,
-        description="Patterns of layer names, as in every method also of their ends: a network's first conv1 alone is "
-        "conv1 with exclude: ['layer*.**'].",
+        description="Patterns of layer names, as in every method also of their ends; /conv1 is a network's own conv1, "
+        "without those of its blocks.",
     ),
 ]
 
