@@ -24,7 +24,7 @@ TABLES: dict[str, dict[str, str]] = {
         "hra-repo": "ortho_cli.checkpoints.dialects.hra_repo:DIALECT",
     },
     # Architectures: builders that take a recipe's section and what the task knows: of pictures the classes, channels
-    # and size, of series the steps seen and forecast.
+    # and size, of series the steps seen and forecast. Those of GANs take channels and size, and make two networks.
     "models": {
         "resnet20": "ortho_cli.models.resnet_cifar:build",
         "resnet32": "ortho_cli.models.resnet_cifar:build",
@@ -40,11 +40,15 @@ TABLES: dict[str, dict[str, str]] = {
         "hf-image": "ortho_cli.models.hf_image:build",
         "timm": "ortho_cli.models.timm_image:build",
         "forecaster": "ortho_cli.models.forecaster:build",
+        "eigengan": "ortho_cli.models.eigengan:build",
+        "gan64": "ortho_cli.models.gan_simple:build",
+        "gan128": "ortho_cli.models.gan_simple:build",
     },
     # What is trained: data, loss and metrics.
     "tasks": {
         "classify": "ortho_cli.tasks.classify:ClassifyTask",
         "forecast": "ortho_cli.tasks.forecast:ForecastTask",
+        "gan": "ortho_cli.tasks.gan:GANTask",
     },
     # What `evaluate` says of a task's outputs beyond its own metrics.
     "judges": {

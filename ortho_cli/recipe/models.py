@@ -10,7 +10,8 @@ from pydantic import Field
 from ortho_cli.recipe.section import Count, Positive, Rejection, Section, Share, Text
 
 __all__ = [
-    "MLP", "VGG", "Forecaster", "HFImage", "Model", "ResNet", "ResNet32x2", "Timm", "VitB16", "VitMini", "WideResNet",
+    "MLP", "VGG", "EigenGAN", "Forecaster", "HFImage", "Model", "ResNet", "ResNet32x2", "SimpleGAN", "Timm", "VitB16",
+    "VitMini", "WideResNet",
 ]  # fmt: skip
 
 Base = Annotated[
@@ -158,7 +159,33 @@ class Forecaster(_Transformer):
     )
 
 
+class _Generating(Section):
+    """A generator of pictures, and a discriminator."""
+
+    kind: ClassVar[str] = "generating pictures"
+
+
+class EigenGAN(_Generating):
+    """A generator with a learnt subspace in every block (arXiv:2104.12476), and its discriminator."""
+
+    name: Literal["eigengan"] = Field(description="The architecture; its size is that of the pictures.")
+    basis: Count = Field(default=6, description="Directions in each block's subspace.")
+    noise: Count = Field(default=512, description="Columns of noise beside the coordinates in the subspaces.")
+    base_channels: Count = Field(default=16, description="Channels at the pictures' full size.")
+    max_channels: Count = Field(default=512, description="Channels at most, where pictures are small.")
+    base: Base = None
+
+
+class SimpleGAN(_Generating):
+    """Transposed convolutions with instance norm, for pictures of 64 or 128 pixels (arXiv:2108.07668)."""
+
+    name: Literal["gan64", "gan128"] = Field(description="The architecture.")
+    noise: Count = Field(default=30, description="Columns of the latent code.")
+    width: Positive = Field(default=1.0, description="All channels times this.")
+    base: Base = None
+
+
 Model = Annotated[
-    ResNet | ResNet32x2 | VGG | WideResNet | VitMini | VitB16 | MLP | HFImage | Timm | Forecaster,
+    ResNet | ResNet32x2 | VGG | WideResNet | VitMini | VitB16 | MLP | HFImage | Timm | Forecaster | EigenGAN | SimpleGAN,
     Field(discriminator="name"),
 ]

@@ -77,9 +77,9 @@ class TrainRecipe(Section):
         if self.data.batch % self.train.accumulate:
             reason = f"a batch of {self.data.batch} cannot be split into {self.train.accumulate} equal parts"
             yield ("train", "accumulate"), reason
-        for key, section in (("model", self.model), ("data", self.data)):
-            if section.kind != self.task.kind:
-                reason = f"{section.name} is for {section.kind}, and the task {self.task.name} for {self.task.kind}"
+        for key, section, kind in (("model", self.model, self.task.model_kind), ("data", self.data, self.task.kind)):
+            if section.kind != kind:
+                reason = f"{section.name} is for {section.kind}, and the task {self.task.name} for {kind}"
                 yield (key, "name"), reason
         first: dict[str, int] = {}
         for index, method in enumerate(self.methods):

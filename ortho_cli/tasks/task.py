@@ -39,6 +39,8 @@ class Task(ABC):
 
     phases: tuple[str, ...] = ("train",)
     """Each has an optimizer of its own."""
+    judged: str = ""
+    """The part of the model whose weights are averaged and then judged; empty: all of it."""
     metrics: tuple[str, ...] = ()
     """Names that `evaluate` may give; empty: not known beforehand."""
 

@@ -20,6 +20,7 @@ class Average:
 
     Args:
         decay: in ``(0, 1)``; 0.999 remembers about a thousand steps.
+        part: the name of the submodule that is averaged; empty: the whole model.
 
     >>> model, average = nn.Linear(1, 1, bias=False), Average(0.75)
     >>> for value in (0.0, 4.0):
@@ -30,14 +31,15 @@ class Average:
     1.0
     """
 
-    def __init__(self, decay: float) -> None:
+    def __init__(self, decay: float, part: str = "") -> None:
         self.decay = decay
+        self.part = part
         self.values: dict[str, Tensor] = {}
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
         """Take one step's weights in; parameters seen for the first time, or resized, start at their value."""
-        weights = {name: tensor.detach().float() for name, tensor in _averaged(model)}
+        weights = {name: tensor.detach().float() for name, tensor in _averaged(model, self.part)}
         known = [name for name, weight in weights.items() if _shape(self.values.get(name)) == weight.shape]
         held = [self.values[name] for name in known]
         if held:
@@ -48,7 +50,7 @@ class Average:
     @contextmanager
     def swapped(self, model: nn.Module) -> Iterator[None]:
         """The model with averaged weights while the block runs."""
-        tensors = {name: tensor for name, tensor in _averaged(model) if name in self.values}
+        tensors = {name: tensor for name, tensor in _averaged(model, self.part) if name in self.values}
         own = {name: tensor.detach().clone() for name, tensor in tensors.items()}
         with torch.no_grad():
             for name, tensor in tensors.items():
@@ -61,10 +63,11 @@ class Average:
                     tensor.copy_(own[name])
 
 
-def _averaged(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """What trains, and the running statistics of norms, by name."""
-    yield from ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
-    for prefix, module in model.named_modules():
+def _averaged(model: nn.Module, part: str) -> Iterator[tuple[str, Tensor]]:
+    """What trains in a part, and the running statistics of its norms, by their names in the model."""
+    chosen = model.get_submodule(part)
+    yield from ((name, each) for name, each in chosen.named_parameters(part) if each.requires_grad)
+    for prefix, module in chosen.named_modules(prefix=part):
         if isinstance(module, _NormBase):
             for name, buffer in module.named_buffers(prefix, recurse=False):
                 if buffer.is_floating_point():

@@ -100,21 +100,24 @@ def _step(session: Session, step: int, parts: list[Batch]) -> dict[str, Tensor]:
     changed = False
     for phase, optimizer in session.optimizers.items():
         label = "train" if len(session.optimizers) == 1 else f"train/{phase}"
+        own: dict[str, Tensor] = {}
         set_learning_rate(optimizer, session.schedule(step))
         optimizer.zero_grad()
-        for index, (batch, share) in enumerate(zip(parts, shares, strict=True)):
-            with nullcontext() if index == len(parts) - 1 else accelerator.no_sync(model):
-                with accelerator.autocast():
-                    loss, outputs, named = task.loss(model, batch, phase)
-                penalties = {
-                    f"method/{name}/penalty": value
-                    for name, method in session.named_methods.items()
-                    if (value := method.penalty(session.model, batch, outputs, phase)) is not None
-                }
-                whole = sum(penalties.values(), loss)
-                accelerator.backward(whole if share == 1 else share * whole)
-            for name, value in {f"{label}/loss": loss, **_labelled(label, named), **penalties}.items():
-                _add(said, name, value.detach(), share)
+        with session.training_only(phase):
+            for index, (batch, share) in enumerate(zip(parts, shares, strict=True)):
+                with nullcontext() if index == len(parts) - 1 else accelerator.no_sync(model):
+                    with accelerator.autocast():
+                        loss, outputs, named = task.loss(model, batch, phase)
+                    penalties = {
+                        f"method/{name}/penalty": value
+                        for name, method in session.named_methods.items()
+                        if (value := method.penalty(session.model, batch, outputs, phase)) is not None
+                    }
+                    whole = sum(penalties.values(), loss)
+                    accelerator.backward(whole if share == 1 else share * whole)
+                for name, value in {f"{label}/loss": loss, **_labelled(label, named), **penalties}.items():
+                    _add(own, name, value.detach(), share)
+        said |= own  # a penalty that several phases have is told once
         accelerator.unscale_gradients(optimizer)  # fp16 only: methods see gradients as they are
         for method in session.methods:
             method.after_backward(session.model, optimizer, phase)

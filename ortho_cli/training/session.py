@@ -97,6 +97,22 @@ class Session:
             yield model
         model.train()
 
+    @contextmanager
+    def training_only(self, phase: str) -> Iterator[None]:
+        """The model with all that a phase does not train frozen, so that nothing is computed or reduced for it."""
+        if len(self.optimizers) == 1:
+            yield
+            return
+        own = {id(parameter) for parameter in self.task.phase_module(self.model, phase).parameters()}
+        others = [each for each in self.model.parameters() if each.requires_grad and id(each) not in own]
+        for parameter in others:
+            parameter.requires_grad_(False)
+        try:
+            yield
+        finally:
+            for parameter in others:
+                parameter.requires_grad_(True)
+
     def on_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """A batch where the model is."""
         device = self.accelerator.device
@@ -131,7 +147,7 @@ def open_session(recipe: Any, accelerator: Accelerator | None = None, *, judging
         method.prepare(model, context)
     check_best(recipe, task)
     schedule = build_schedule(recipe.schedule, total, steps_per_epoch)
-    average = Average(recipe.train.ema) if recipe.train.ema is not None else None
+    average = Average(recipe.train.ema, task.judged) if recipe.train.ema is not None else None
     session = Session(recipe, accelerator, task, model, methods, steps_per_epoch, total, schedule, average)
     session.notes += [f"{method.name}: {note}" for method in methods for note in getattr(method, "notes", ())]
     session.notes += [f"model: {note}" for note in getattr(model, "notes", ())]

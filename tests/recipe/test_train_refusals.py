@@ -13,8 +13,8 @@ from ortho_cli.registry import TABLES
 
 CASES: list[tuple[dict[str, str], str]] = [
     # names
-    ({"task": "{name: clasify}"}, "2: task.name: 'clasify' is none of classify, forecast; did you mean 'classify'?"),
-    ({"task": "{}"}, "2: task.name: missing; one of classify, forecast"),
+    ({"task": "{name: clasify}"}, "2: task.name: 'clasify' is none of classify, forecast, gan; did you mean 'classify'?"),
+    ({"task": "{}"}, "2: task.name: missing; one of classify, forecast, gan"),
     (
         {"model": "{name: resnet18}"},
         f"3: model.name: 'resnet18' is none of {', '.join(sorted(TABLES['models']))}; did you mean 'resnet110'?",

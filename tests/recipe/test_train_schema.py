@@ -33,6 +33,9 @@ MODELS: dict[str, dict[str, Any]] = {
         "patch": 8, "depth": 2, "heads": 8, "dim": 512, "mlp_ratio": 4.0, "moving_average": 25, "dropout": 0.0,
         "base": None,
     },
+    "eigengan": {"basis": 6, "noise": 512, "base_channels": 16, "max_channels": 512, "base": None},
+    "gan64": {"noise": 30, "width": 1.0, "base": None},
+    "gan128": {"noise": 30, "width": 1.0, "base": None},
 }  # fmt: skip
 DATA = {
     "path": None, "source": None, "batch": 64, "augment": [], "classes": None, "workers": 0, "eval_batch": None,
@@ -132,7 +135,7 @@ def test_the_least_recipe(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", MODELS)
 def test_models(tmp_path: Path, name: str) -> None:
-    others = FORECAST if name == "forecaster" else {}
+    others = FORECAST if name == "forecaster" else {"task": "{name: gan}"} if "gan" in name else {}
     assert section(written(tmp_path, **{**others, "model": given(name)}), "model") == {"name": name, **MODELS[name]}
 
 
@@ -179,7 +182,7 @@ def test_best(tmp_path: Path) -> None:
 
 def test_the_registry_and_the_schema_know_the_same_names() -> None:
     assert set(TABLES["models"]) == set(MODELS)
-    assert set(TABLES["tasks"]) == {"classify", "forecast"}
+    assert set(TABLES["tasks"]) == {"classify", "forecast", "gan"}
     assert set(TABLES["methods"]) <= set(METHODS)
 
 

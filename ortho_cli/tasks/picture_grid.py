@@ -1,0 +1,46 @@
+"""Pictures side by side in one PNG."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate, pad
+
+__all__ = ["save_grid", "to_bytes"]
+
+GAP = 1  # white pixels between two pictures
+LEAST = 32  # pixels of a side that can be looked at; smaller pictures are enlarged by a whole number
+
+
+def to_bytes(pictures: Tensor) -> Tensor:
+    """Values in [-1, 1] as bytes.
+
+    >>> to_bytes(torch.tensor([-1.0, 0.0, 1.0])).tolist()
+    [0, 128, 255]
+    """
+    return pictures.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def save_grid(pictures: Tensor, path: Path, columns: int | None = None) -> None:
+    """Write pictures row by row.
+
+    Args:
+        pictures: `(N, C, H, W)` in [-1, 1], grey or colour.
+        path: of the PNG.
+        columns: pictures a row; None: as many as there are rows.
+    """
+    from PIL import Image
+
+    columns = columns or math.ceil(math.sqrt(len(pictures)))
+    scale = max(1, -(-LEAST // pictures.shape[-1]))
+    large = interpolate(to_bytes(pictures).cpu().float(), scale_factor=scale, mode="nearest").byte()
+    framed = pad(large, (0, GAP, 0, GAP), value=255)
+    lacking = -len(framed) % columns
+    framed = torch.cat([framed, framed.new_full((lacking, *framed.shape[1:]), 255)])
+    rows = [torch.cat(list(row), dim=2) for row in torch.split(framed, columns)]
+    whole = torch.cat(rows, dim=1)[:, :-GAP, :-GAP]
+    pixels = whole.permute(1, 2, 0).contiguous().numpy()
+    Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(path, format="PNG")
