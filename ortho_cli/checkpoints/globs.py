@@ -2,8 +2,8 @@
 
 `*` and `?` stay inside one component of the name, `**` crosses components, `[a-z]` and `[!a-z]` are one character,
 `{a,b}` are alternatives. A glob matches a whole name or a dotted suffix of it, as PEFT's target_modules do: `to_q`
-matches `blocks.0.attn1.to_q`, not `blocks.0.not_to_q`. One that begins with `/` starts at the root, as in .gitignore:
-`/conv1` is a network's own `conv1`, not those of its blocks.
+matches `blocks.0.attn1.to_q`, not `blocks.0.not_to_q`. One that begins with `^` starts at the root, as a regular
+expression would: `^conv1` is a network's own `conv1`, not those of its blocks.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ortho_cli.errors import UsageError
 
 __all__ = ["MAX_ALTERNATIVES", "ROOT", "compile_glob", "expand_braces"]
 
-ROOT = "/"  # in front of a glob, or of an alternative: it matches whole names only
+ROOT = "^"  # in front of a glob, or of an alternative: it matches whole names only
 
 # Nested braces multiply; a pattern that means more than this was not typed by a person.
 MAX_ALTERNATIVES = 1024
@@ -36,7 +36,7 @@ def compile_glob(pattern: str) -> re.Pattern[str]:
     True
     >>> bool(compile_glob("attn*").fullmatch("unet.mid_block.attn2.to_q"))
     False
-    >>> [bool(compile_glob("/conv1").fullmatch(name)) for name in ("conv1", "layer1.0.conv1")]
+    >>> [bool(compile_glob("^conv1").fullmatch(name)) for name in ("conv1", "layer1.0.conv1")]
     [True, False]
     """
     if not pattern.lstrip(ROOT):

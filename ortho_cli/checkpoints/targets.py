@@ -152,7 +152,7 @@ def _hint(pattern: str, layers: Collection[str], layout: str) -> str:
     """What the writer of a pattern that matches nothing may have meant."""
     names = {spelling for layer in layers for spelling in (layer, to_canonical(layer, layout))}
     words = {_tail(name) for name in names} | {part for name in names for part in name.split(".") if not part.isdigit()}
-    literal = [part for part in re.split(r"[/.*?{},\[\]!]+", pattern) if part]
+    literal = [part for part in re.split(r"[.*?{},\[\]!^]+", pattern) if part]
     if pattern.startswith(ROOT):
         deeper = _globbed(pattern.lstrip(ROOT), layers, layout)
         if deeper:

@@ -15,7 +15,7 @@ Targets = Annotated[
     Patterns,
     Field(
         min_length=1,
-        description="Patterns of layer names, as in every method also of their ends; /conv1 is a network's own conv1, "
+        description="Patterns of layer names, as in every method also of their ends; ^conv1 is a network's own conv1, "
         "without those of its blocks.",
     ),
 ]

@@ -51,7 +51,7 @@ class TestPatterns:
             ("to_out.1", "to_out.0, "),
             ("**.atn2.**", "attn2, "),
             ("sd15-controll", "sd15-control; "),
-            ("/conv_inn", "conv_in, "),
+            ("^conv_inn", "conv_in, "),
             ("TO_Q", None),
         ],
     )
@@ -65,18 +65,18 @@ class TestPatterns:
 
     def test_from_the_root_in_either_naming(self) -> None:
         layers = {"conv1": (8, 3), "layer1.0.conv1": (8, 8), "fc": (2, 8)}
-        assert select(["/conv1", "/{fc,x}"], layers, "plain").layers == ("conv1", "fc")
-        assert select(["conv1"], layers, "plain", exclude=["/conv1"]).layers == ("layer1.0.conv1",)
-        native = select(["/model.diffusion_model.middle_block.1.**.to_q"], LDM, "sd15-ldm").layers
-        assert native == select(["/unet.mid_block.**.to_q"], LDM, "sd15-ldm").layers
+        assert select(["^conv1", "^{fc,x}"], layers, "plain").layers == ("conv1", "fc")
+        assert select(["conv1"], layers, "plain", exclude=["^conv1"]).layers == ("layer1.0.conv1",)
+        native = select(["^model.diffusion_model.middle_block.1.**.to_q"], LDM, "sd15-ldm").layers
+        assert native == select(["^unet.mid_block.**.to_q"], LDM, "sd15-ldm").layers
         assert len(native) == 2
 
     def test_the_hint_says_what_matches_deeper(self) -> None:
         with pytest.raises(TargetError) as caught:
-            select(["/to_q"], UNET, "sd15-unet")
-        assert caught.value.message == f"pattern '/to_q' matched 0 of {len(UNET)} layers"
+            select(["^to_q"], UNET, "sd15-unet")
+        assert caught.value.message == f"pattern '^to_q' matched 0 of {len(UNET)} layers"
         first = next(name for name in UNET if name.endswith(".to_q"))
-        expected = f"/ starts at the root; without it 32 match, first {first}; "
+        expected = f"^ starts at the root; without it 32 match, first {first}; "
         assert caught.value.hint is not None and caught.value.hint.startswith(expected)
 
     @settings(deadline=None, max_examples=50)

@@ -18,8 +18,8 @@ from ortho_cli.training.run import train
 from ortho_cli.training.state import last_checkpoint, load_tensors
 
 MODEL = "{name: resnet20, norm: group}"
-STEM = "targets: [/conv1]"  # blocks have a conv1 of their own
-BOTH = "targets: [/conv1, fc]"
+STEM = "targets: [^conv1]"  # blocks have a conv1 of their own
+BOTH = "targets: [^conv1, fc]"
 SOC = f"{{name: soc, {STEM}, terms: 3, eval_terms: 6}}"
 NORM = "{name: spectral_norm, targets: [fc]}"
 LOSS = "{name: orthogonal_loss, targets: ['layer1.0.*'], penalty: 1.0e-2}"
@@ -68,8 +68,8 @@ def test_what_a_run_logs(tmp_path: Path) -> None:
 def test_a_plan_counts_what_would_be(tmp_path: Path) -> None:
     found = describe(load_train(write(tmp_path, "run", **{**SHORT, "methods": ALL})))
     assert [(line["method"], line["pattern"], line["layers"]) for line in found["details"]] == [
-        ("soc", "/conv1", 1), ("spectral_norm", "fc", 1), ("orthogonal_loss", "layer1.0.*", 2),
-        ("nog", "/conv1", 1), ("nog", "fc", 1), ("olr", "/conv1", 1), ("olr", "fc", 1),
+        ("soc", "^conv1", 1), ("spectral_norm", "fc", 1), ("orthogonal_loss", "layer1.0.*", 2),
+        ("nog", "^conv1", 1), ("nog", "fc", 1), ("olr", "^conv1", 1), ("olr", "fc", 1),
     ]  # fmt: skip
     assert found["details"][0]["added"] == 16 * 16 * 9 and found["totals"]["added"] == 16 * 16 * 9 - 16 * 1 * 9
     assert found["totals"]["memory_activations"] > 0
