@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -10,11 +11,11 @@ from ortho_cli.cli.arguments import gather, required
 from ortho_cli.cli.completion import words
 from ortho_cli.cli.options import (
     METHOD,
+    OUTPUT,
     DebugOption,
     DryRunOption,
     ForceOption,
     JsonOption,
-    OutputOption,
     PrivateOption,
     PushOption,
     QuietOption,
@@ -39,7 +40,9 @@ def combine(
             help="Two adapters or more; W is a share for means, a strength for compose and for sums.",
         ),
     ] = None,
-    output: OutputOption = None,
+    output: Annotated[
+        Path | None, typer.Option("-o", "--output", help="The folder to write.", rich_help_panel=OUTPUT)
+    ] = None,
     mode: Annotated[
         list[str] | None,
         typer.Option(
@@ -66,15 +69,16 @@ def combine(
         ),
     ] = None,
     density: Annotated[
-        float, typer.Option("--density", help="Share of entries that ties and dare keep.", rich_help_panel=METHOD)
-    ] = 0.5,
+        float | None,
+        typer.Option("--density", help="Share of entries that ties and dare keep; half.", rich_help_panel=METHOD),
+    ] = None,
     restore_angles: Annotated[
         bool,
         typer.Option(
             "--restore-angles", help="Turn on until the angles have the parts' mean norm.", rich_help_panel=METHOD
         ),
     ] = False,
-    seed: Annotated[int, typer.Option("--seed", help="Of dare.", rich_help_panel=METHOD)] = 0,
+    seed: Annotated[int | None, typer.Option("--seed", help="Of dare; 0.", rich_help_panel=METHOD)] = None,
     recipe: RecipeOption = None,
     save_recipe: SaveRecipeOption = None,
     force: ForceOption = False,
@@ -91,7 +95,10 @@ def combine(
     Example: ortho combine style=0.4 subject=0.6 -o both --mode mean --rank 8
 
     The result is a plain PEFT HRA adapter, or a PEFT LoRA where low-rank sums take part. An adapter that lacks a layer
-    leaves it as it is.
+    leaves it as it is; means are among those that rotate.
+
+    The table: the largest angle of each adapter and of the result; how much the order of two would matter (the norm of
+    their commutator, 0 where planes are apart); how far the result is from orthogonal; the relative error of --rank.
     """
     values = gather(ctx, "combine")
     required(values, USAGE, "adapters", "output")

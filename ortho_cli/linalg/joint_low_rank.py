@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ortho_cli.errors import TargetError
+from ortho_cli.linalg.product import rebalance
 
 __all__ = ["JointFactors", "dare", "join_factors", "split", "ties"]
 
@@ -45,9 +46,11 @@ def join_factors(factors: Sequence[tuple[Tensor, Tensor]]) -> JointFactors:
     shapes = sorted({(up.shape[0], down.shape[1]) for up, down in factors})
     if len(shapes) != 1:
         raise TargetError(f"low-rank adapters of weights of shapes {' and '.join(map(str, shapes))}")
-    left = _span(torch.cat([up for up, _ in factors], dim=1).double())
-    right = _span(torch.cat([down for _, down in factors]).double().T).T
-    cores = torch.stack([(left.T @ up.double()) @ (down.double() @ right.T) for up, down in factors])
+    # Balanced, so that the bases depend on the products alone and not on how each is split into factors.
+    balanced = [rebalance(up.double(), down.double()) for up, down in factors]
+    left = _span(torch.cat([up for up, _ in balanced], dim=1))
+    right = _span(torch.cat([down for _, down in balanced]).T).T
+    cores = torch.stack([(left.T @ up) @ (down @ right.T) for up, down in balanced])
     return JointFactors(left, right, cores)
 
 
@@ -108,7 +111,7 @@ def dare(cores: Tensor, weights: Sequence[float], density: float, seed: int) -> 
 
 
 def split(joint: JointFactors, core: Tensor, rank: int | None = None) -> tuple[Tensor, Tensor, float]:
-    """Balanced factors of `L C R`, of the core's rank or truncated to a given one.
+    """Balanced factors of `L C R`, of the core's rank (0 for no change at all) or truncated to a given one.
 
     Args:
         joint: the bases.
@@ -125,7 +128,7 @@ def split(joint: JointFactors, core: Tensor, rank: int | None = None) -> tuple[T
     """
     left, singular, right = torch.linalg.svd(core.double(), full_matrices=False)
     needed = int((singular > NULL * singular.max()).sum()) if singular.numel() else 0
-    kept = max(1, needed) if rank is None else max(1, min(rank, needed))
+    kept = needed if rank is None else min(rank, needed)
     root = singular[:kept].sqrt()
     error = sqrt(float(singular[kept:].square().sum()))
     return joint.left @ (left[:, :kept] * root), (root[:, None] * right[:kept]) @ joint.right, error

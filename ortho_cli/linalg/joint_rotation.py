@@ -91,7 +91,8 @@ def compose(cores: Tensor, strengths: Sequence[float]) -> Tensor:
     """
     product: Tensor = torch.eye(cores.shape[-1], dtype=torch.float64)
     for core, strength in zip(cores, strengths, strict=True):
-        product = product @ (core.double() if strength == 1 else find_planes(core).power(strength))
+        if strength:
+            product = product @ (core.double() if strength == 1 else find_planes(core).power(strength))
     return product
 
 
@@ -118,11 +119,11 @@ def karcher_mean(cores: Tensor, shares: Sequence[float]) -> Tensor:
     iterated from the log-mean until the step vanishes.
 
     Args:
-        cores: `(n, m, m)`, of determinant +1.
+        cores: `(n, m, m)`, all of one determinant.
         shares: at least 0, of sum 1.
 
     Raises:
-        TargetError: determinant -1.
+        TargetError: some mirror a direction (determinant -1) and some do not.
         NumericsError: the parts lie too far apart for one mean: two half a turn, of more one a quarter turn from it.
 
     Cost: a handful of iterations of `n` symmetric eigenproblems of size m.
@@ -137,8 +138,9 @@ def karcher_mean(cores: Tensor, shares: Sequence[float]) -> Tensor:
         # Where the parts turn by nearly pi, their logarithms point apart though they are near each other.
         lambda: cores[0] @ log_mean(cores[0].T @ cores, weights.tolist()),
     ]
+    mirrored = bool((torch.linalg.det(cores) < 0).all())
     reason = ""
-    for start in starts:
+    for start in starts[mirrored:]:
         try:
             mean, logs = _iterate(start(), cores.double(), weights)
         except NumericsError as error:
@@ -185,7 +187,7 @@ def orthomerge(cores: Tensor, shares: Sequence[float]) -> Tensor:
         if planes.half_turns or bool((planes.factors < 0).any()):
             raise NumericsError(
                 "OrthoMerge's coordinates are infinite at a half turn or a mirrored direction, which one of these has",
-                hint="for Gram-Schmidt adapters: --mode grassmann; else --mode compose",
+                hint="for adapters that reflect a subspace (apply_GS): --mode grassmann; else --mode compose",
             )
     skew = torch.linalg.solve(cores.double() + eye, cores.double() - eye)
     weights = _numbers(shares)
@@ -218,14 +220,20 @@ def restore_angles(merged: Tensor, cores: Tensor, shares: Sequence[float]) -> Te
 
     Raises:
         TargetError: determinant -1.
+        NumericsError: a plane would turn past half a turn, the other way round.
 
     Reference: the spectra restoration of OrthoFuse, arXiv:2604.05183.
     """
     planes = find_planes(merged)
     norm = float(torch.linalg.vector_norm(planes.angles))
     parts = torch.stack([torch.linalg.vector_norm(find_planes(core).angles) for core in cores])
-    target = float((_numbers(shares) * parts).sum())
-    return planes.power(target / norm) if norm > CONVERGED else merged
+    factor = float((_numbers(shares) * parts).sum()) / norm if norm > CONVERGED else 1.0
+    if norm > CONVERGED and float(planes.angles.max()) * factor > pi:
+        raise NumericsError(
+            f"restored, a plane would turn by {float(planes.angles.max()) * factor / pi:.2f} pi, past half a turn",
+            hint="leave --restore-angles out",
+        )
+    return planes.power(factor)
 
 
 def grassmann_mean(cores: Tensor, shares: Sequence[float]) -> Tensor:
@@ -248,7 +256,8 @@ def grassmann_mean(cores: Tensor, shares: Sequence[float]) -> Tensor:
     wide = cores.double()
     if float((wide - wide.mT).abs().amax()) > SYMMETRIC:
         raise TargetError(
-            "the Grassmann mean is one of Gram-Schmidt adapters, which reflect a subspace; one of these turns",
+            "the Grassmann mean is one of adapters that reflect a subspace (apply_GS); one of these turns, as a "
+            "Gram-Schmidt adapter that starts at the identity does",
             hint="--mode mean averages rotations",
         )
     eye = torch.eye(wide.shape[-1], dtype=torch.float64)
@@ -257,6 +266,8 @@ def grassmann_mean(cores: Tensor, shares: Sequence[float]) -> Tensor:
     if len(ranks) != 1:
         raise TargetError(f"the adapters reflect {' and '.join(map(str, sorted(ranks)))} directions: no mean subspace")
     (rank,) = ranks
+    if not rank:
+        return eye
     values, vectors = torch.linalg.eigh(torch.einsum("n,nij->ij", _numbers(shares), projectors))
     if rank < len(values) and float(values[-rank] - values[-rank - 1]) < TIE:
         raise NumericsError(

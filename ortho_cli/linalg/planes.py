@@ -33,7 +33,7 @@ class Planes(NamedTuple):
         angles: `(p,)` in `(0, pi]`, descending.
         lengths: `(p,)` by which a plane is stretched; 1 for a rotation.
         axes: `(k, q)`, the other columns of Q, each kept or reflected.
-        factors: `(q,)`, their eigenvalues: 1, and at most one -1, for an orthogonal K.
+        factors: `(q,)`, their eigenvalues, at most one of them negative; 1 and -1 for an orthogonal K.
     """
 
     pairs: Tensor
@@ -53,11 +53,12 @@ class Planes(NamedTuple):
         """`K^alpha (k, k)`: every angle times `alpha`, every length to the power of it.
 
         Raises:
-            TargetError: an axis is reflected (determinant -1): no real path leads to the identity.
+            TargetError: an axis is reflected (determinant -1) and `alpha` is not 0 or 1: no real path leads there.
         """
-        self.refuse_reflection()
         if alpha == 0:
             return torch.eye(self.axes.shape[0], dtype=self.axes.dtype)
+        if alpha != 1:
+            self.refuse_reflection()
         return self.matrix(self.angles * alpha, self.lengths**alpha, self.factors**alpha)
 
     def log(self) -> Tensor:
@@ -108,8 +109,8 @@ def find_planes(core: Tensor) -> Planes:
     >>> found = find_planes(turn)
     >>> [round(angle, 6) for angle in found.angles.tolist()], found.factors.tolist()
     ([1.570796], [1.0])
-    >>> found.power(0.5)[:2, 0].tolist() == found.power(0.5)[:2, 0].abs().tolist()
-    True
+    >>> found.power(1 / 3)[:2, 0].round(decimals=6).tolist()
+    [0.866025, 0.5]
     """
     import numpy as np
     from scipy.linalg import schur

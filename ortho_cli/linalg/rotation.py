@@ -22,6 +22,8 @@ __all__ = ["LowRankRotation", "Truncated", "chain_rotation", "orthonormal_basis"
 
 # Directions shorter than this beside unit ones are rounding: they are not part of the span.
 NULL_DIRECTION = 1e-10
+# An angle that float64 arithmetic of a few hundred dimensions makes of nothing.
+NO_TURN = 1e-13
 
 
 def orthonormal_basis(columns: Tensor) -> tuple[Tensor, Tensor]:
@@ -189,7 +191,7 @@ class LowRankRotation:
         """
         found = self.planes()
         mirror = found.axes[:, found.factors < 0][:, :reflections]
-        kept = (reflections - mirror.shape[1]) // 2
+        kept = min((reflections - mirror.shape[1]) // 2, int((found.angles > NO_TURN).sum()))
         span = torch.cat([*found.pairs[:kept], mirror], dim=1)
         lost = (8 * (found.angles[kept:] / 2).sin().square()).sum() + 4 * ((found.factors < 0).sum() - mirror.shape[1])
         core = span.T @ self.core.cpu() @ span

@@ -135,9 +135,9 @@ class Combine(VerbRecipe):
         description="The most reflections or components; in a list, 'pattern=rank' speaks for some layers.",
     )
     base: Text | None = Field(default=None, description="Their base, where rotations and low-rank sums meet.")
-    density: Ratio = Field(default=0.5, description="Share of entries that ties and dare keep.")
+    density: Ratio | None = Field(default=None, description="Share of entries that ties and dare keep; null: half.")
     restore_angles: bool = Field(default=False, description="Turn on until the angles have the parts' mean norm.")
-    seed: int = Field(default=0, description="Of dare.")
+    seed: int | None = Field(default=None, description="Of dare; null: 0.")
 
 
 class Extract(VerbRecipe):

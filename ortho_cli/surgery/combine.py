@@ -8,7 +8,7 @@ before anything is written, and only what holds weights of a base is made while 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +17,10 @@ from ortho_cli.checkpoints.adapters import Adapter, base_bound, read_adapter
 from ortho_cli.checkpoints.fingerprint import base_fingerprint
 from ortho_cli.checkpoints.layer_pool import LayerPool, default_workers
 from ortho_cli.checkpoints.store import Checkpoint, open_checkpoint
-from ortho_cli.errors import UsageError
+from ortho_cli.errors import CheckpointError, UsageError, check_choice
 
-from .combine_layers import ADDITIVE, ROTATIONS, Combined, Mixing, combine_layer
-from .combine_output import adapter_files
+from .combine_layers import ADDITIVE, DENSITY, ROTATIONS, Combined, Mixing, combine_layer
+from .combine_output import adapter_files, settled
 from .combine_parts import Gathered, gather
 from .fit import input_files
 from .plan import Plan, Progress, Report, provenance, run
@@ -36,9 +36,9 @@ def combine(
     mode: str | Sequence[str] = (),
     rank: int | Sequence[int | str] | None = None,
     base: str | Path | None = None,
-    density: float = 0.5,
+    density: float | None = None,
     restore_angles: bool = False,
-    seed: int = 0,
+    seed: int | None = None,
     force: bool = False,
     dry_run: bool = False,
     progress: Progress | None = None,
@@ -52,7 +52,7 @@ def combine(
             `linear` (default), `svd`, `ties` or `dare`; one of each for adapters of both kinds.
         rank: the most reflections or components of a layer, or `PATTERN=N`; None: what the result needs.
         base: needed where rotations and sums meet, and for rotations of the output side.
-        density: the share of entries that `ties` and `dare` keep.
+        density: the share of entries that `ties` and `dare` keep, by default half.
         restore_angles: turn rotations on until their angles have the parts' mean norm.
         seed: of `dare`.
         force: overwrite, and accept another base.
@@ -66,6 +66,7 @@ def combine(
     Raises:
         UsageError: fewer than two adapters, a mode that fits none of them, a base that is needed.
         TargetError: kinds that cannot be combined.
+        CheckpointError: adapters that are bound to their base and do not agree on it.
         NumericsError: rotations that have no one mean.
         OutputError: see `plan.run`.
 
@@ -98,9 +99,9 @@ def plan_combine(
     mode: Sequence[str] = (),
     rank: int | Sequence[int | str] | None = None,
     base: Checkpoint | None = None,
-    density: float = 0.5,
+    density: float | None = None,
     restore_angles: bool = False,
-    seed: int = 0,
+    seed: int | None = None,
     force_base: bool = False,
 ) -> Plan:
     """Plan `combine`; reads the adapters whole, of the base headers only."""
@@ -111,27 +112,30 @@ def plan_combine(
     notes = [note for adapter in adapters for note in adapter.notes]
     gathered = gather(adapters, base, notes.append, force_base=force_base)
     form = _form(gathered, base)
-    mixing = _mixing(mode, gathered, Mixing(weights=tuple(weights), density=density, restore=restore_angles, seed=seed))
+    mixing = _mixing(mode, gathered, weights, density=density, restore=restore_angles, seed=seed)
     ranks = _ranks(rank, gathered)
 
     def one(name: str) -> Combined:
         parts = gathered.layers[name]
-        return combine_layer(
+        found = combine_layer(
             [part.rotation() if part is not None else None for part in parts],
             [part.factors() if part is not None else None for part in parts],
             mixing,
             ranks.get(name),
         )
+        return settled(found, form)
 
     costs = {name: gathered.bytes_of(name) for name in gathered.layers}
-    combined = dict(zip(costs, LayerPool(one, workers=default_workers()).map(costs), strict=True))
+    pool = LayerPool(one, workers=default_workers())
+    combined = dict(zip(costs, pool.map(costs), strict=True))
     modes = [mixing.rotation] * gathered.rotates + [mixing.additive] * gathered.adds
     files = adapter_files(form, gathered, combined, base, _metadata(form, gathered, base, mixing, modes, rank))
     plan = Plan("combine", input_files(base, adapters), output, files.files)
     plan.texts, plan.notes = files.texts, list(dict.fromkeys([*notes, *files.notes]))
     plan.details = [_detail(name, gathered, combined[name]) for name in gathered.layers]
     plan.layers = len(plan.details)
-    plan.parameters = sum(piece.nbytes // 4 for file in files.files for piece in file.pieces)
+    plan.parameters = sum(detail["parameters"] for detail in plan.details)
+    plan.working_bytes = sum(found.held for found in combined.values()) + max(pool.needed, plan.working_bytes)
     plan.totals = {"adapters": _weighted(gathered, mixing), "mode": " + ".join(modes), "to": f"peft-{form}"}
     alone = sum(None in parts for parts in gathered.layers.values())
     if alone:
@@ -154,19 +158,45 @@ def _form(gathered: Gathered, base: Checkpoint | None) -> str:
     return "lora"
 
 
-def _mixing(modes: Sequence[str], gathered: Gathered, mixing: Mixing) -> Mixing:
-    """The modes in their families.
+def _mixing(
+    modes: Sequence[str],
+    gathered: Gathered,
+    weights: Sequence[float],
+    *,
+    density: float | None,
+    restore: bool,
+    seed: int | None,
+) -> Mixing:
+    """The modes in their families, with what belongs to them.
 
     Raises:
-        UsageError: a mode for which there are no adapters, or settings out of range.
+        UsageError: a mode for which there are no adapters, two of one family, or settings out of range or place.
     """
+    chosen: dict[str, str] = {}
     for mode in modes:
+        check_choice("--mode", mode, (*ROTATIONS, *ADDITIVE))
+        family = "additive" if mode in ADDITIVE else "rotation"
         if mode in ADDITIVE and not gathered.adds:
             raise UsageError(f"--mode {mode} is for low-rank sums", hint=f"for rotations: {', '.join(ROTATIONS)}")
         if mode in ROTATIONS and not gathered.rotates:
             raise UsageError(f"--mode {mode} is for rotations", hint=f"for low-rank sums: {', '.join(ADDITIVE)}")
-        mixing = replace(mixing, additive=mode) if mode in ADDITIVE else replace(mixing, rotation=mode)
-    mixing.check(rotates=gathered.rotates)
+        if chosen.get(family, mode) != mode:
+            raise UsageError(f"--mode {chosen[family]} and --mode {mode} are for the same adapters", hint="give one")
+        chosen[family] = mode
+    if density is not None and chosen.get("additive") not in ("ties", "dare"):
+        raise UsageError(f"--density {density:g} is about --mode ties and dare", hint="leave it out")
+    if seed is not None and chosen.get("additive") != "dare":
+        raise UsageError(f"--seed {seed} is about --mode dare", hint="leave it out")
+    mixing = Mixing(
+        tuple(weights),
+        gathered.rotating,
+        chosen.get("rotation", ROTATIONS[0]),
+        chosen.get("additive", ADDITIVE[0]),
+        DENSITY if density is None else density,
+        restore,
+        seed or 0,
+    )
+    mixing.check()
     return mixing
 
 
@@ -176,16 +206,27 @@ def _ranks(rank: int | Sequence[int | str] | None, gathered: Gathered) -> dict[s
     shapes = {name: gathered.first(name).shape for name in gathered.layers}
     layout = "sd15-diffusers" if all(layouts.component_name(name)[0] for name in shapes) else "plain"
     found = targets.per_layer([str(value) for value in ([rank] if isinstance(rank, int) else rank)], shapes, layout)
-    low = next((name for name, value in found.items() if value < 1), None)
-    if low is not None:
-        raise UsageError(f"--rank {found[low]} at layer {low}: there is no such rank", hint="give 2 or more")
+    for name, value in found.items():
+        turns = any(part is not None and not part.adds for part in gathered.layers[name])
+        if value < 1 or (turns and value % 2):
+            reason = "a rotation takes two reflections for each plane" if turns else "there is no such rank"
+            raise UsageError(f"--rank {value} at layer {name}: {reason}", hint=f"use --rank {max(2, value + 1)}")
     return found
 
 
 def _detail(name: str, gathered: Gathered, found: Combined) -> dict[str, Any]:
     kinds = dict.fromkeys(part.layer.layer.kind for part in gathered.layers[name] if part is not None)
     shape = [size or None for size in gathered.first(name).shape]
-    return {"name": name, "shape": shape, "dtype": "F32", "kind": "+".join(kinds), "rank": found.rank, **found.detail}
+    sides = (shape[1] or 0,) if found.vectors is not None else (shape[0] or 0, prod(size or 1 for size in shape[1:]))
+    return {
+        "name": name,
+        "shape": shape,
+        "dtype": "F32",
+        "kind": "+".join(kinds),
+        "rank": found.rank,
+        "parameters": found.rank * sum(sides),
+        **found.detail,
+    }
 
 
 def _weighted(gathered: Gathered, mixing: Mixing) -> list[str]:
@@ -203,13 +244,20 @@ def _metadata(
     rank: int | Sequence[int | str] | None,
 ) -> dict[str, str]:
     fingerprints = {adapter.metadata.get("ortho.base_fingerprint") for adapter in gathered.adapters}
+    bound = next((adapter for adapter in gathered.adapters if base_bound(adapter)), None)
+    if bound is not None and base is None and (len(fingerprints) > 1 or None in fingerprints):
+        raise CheckpointError(
+            f"{bound.path.name} is only right on the base it was made for, and the adapters do not all name that base",
+            hint="add --base BASE",
+            where=str(bound.path),
+        )
     fingerprint = fingerprints.pop() if len(fingerprints) == 1 else None
     if base is not None:
         weights = [part.layer.weight.name for part in gathered.parts if part.layer.weight is not None]
         names = dict.fromkeys(name.removesuffix(".weight").removesuffix(".fixed_linear") for name in weights)
         fingerprint = base_fingerprint(base, list(names))
     method: dict[str, object] = {"name": form, "combined": len(gathered.adapters)}
-    if form == "lora" and (gathered.rotates or any(map(base_bound, gathered.adapters))):
+    if form == "lora" and (gathered.rotates or bound is not None):
         method["base_bound"] = True
     options: dict[str, object] = {
         "mode": list(modes),

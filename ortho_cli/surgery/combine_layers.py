@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from ortho_cli.errors import TargetError, UsageError, check_choice
+from ortho_cli.errors import TargetError, UsageError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -24,12 +24,16 @@ ADDITIVE = ("linear", "svd", "ties", "dare")
 MEANS = ("mean", "log-mean", "orthomerge", "slerp", "grassmann")  # weights are shares, whatever their sum
 
 
+DENSITY = 0.5  # of entries that `ties` and `dare` keep; the papers use 0.2 to 0.5 and more
+
+
 @dataclass(frozen=True)
 class Mixing:
     """How adapters are combined.
 
     Attributes:
         weights: one for each adapter: a share for means, a strength for `compose` and for sums.
+        rotating: those that rotate any layer, by index: they share the means among themselves.
         rotation: one of `ROTATIONS`.
         additive: one of `ADDITIVE`.
         density: the share of entries that `ties` and `dare` keep.
@@ -38,49 +42,53 @@ class Mixing:
     """
 
     weights: tuple[float, ...]
+    rotating: tuple[int, ...] = ()
     rotation: str = "mean"
     additive: str = "linear"
-    density: float = 0.5
+    density: float = DENSITY
     restore: bool = False
     seed: int = 0
 
-    def check(self, *, rotates: bool) -> None:
+    def check(self) -> None:
         """Refuse what is no way to combine.
 
-        Args:
-            rotates: whether there are rotations among the adapters.
-
         Raises:
-            UsageError: an unknown mode, weights or a density out of range.
+            UsageError: weights or a density out of range, or a choice that these modes do not have.
         """
-        check_choice("--mode", self.rotation, (*ROTATIONS, *ADDITIVE))
         if not 0 < self.density <= 1:
             raise UsageError(f"--density {self.density:g} is no share of the entries", hint="give one in (0, 1]")
-        if not rotates:
-            if self.restore:
-                raise UsageError("--restore-angles is about rotations, and these adapters are low-rank sums")
-            return
-        if self.rotation in MEANS and (min(self.weights) < 0 or sum(self.weights) <= 0):
+        if self.restore and not (self.rotating and self.rotation in MEANS):
+            raise UsageError("--restore-angles is about means of rotations", hint="leave it out, or use --mode mean")
+        weights = [self.weights[index] for index in self.rotating]
+        if weights and self.rotation in MEANS and min(weights) < 0:
             raise UsageError(
-                f"--mode {self.rotation} takes weights of at least 0, found {min(self.weights):g}",
+                f"--mode {self.rotation} takes weights of at least 0, found {min(weights):g}",
                 hint="--mode compose takes any strength",
             )
-        if self.rotation == "slerp" and len(self.weights) != 2:
+        if weights and not any(weights):
+            raise UsageError("every weight is 0: nothing is left to combine", hint="give one of them a weight")
+        if weights and self.rotation == "slerp" and len(weights) != 2:
             raise UsageError(
-                f"--mode slerp is the path between two adapters, found {len(self.weights)}", hint="use --mode mean"
+                f"--mode slerp is the path between two adapters, found {len(weights)}", hint="use --mode mean"
             )
 
     @property
-    def shares(self) -> list[float]:
-        """The weights, with sum 1."""
-        return [weight / sum(self.weights) for weight in self.weights]
+    def counted(self) -> dict[int, float]:
+        """The adapters that rotate and count -> their shares, of sum 1, or for `compose` their strengths."""
+        weights = {index: self.weights[index] for index in self.rotating if self.weights[index]}
+        total = sum(weights.values()) if self.rotation in MEANS else 1.0
+        return {index: weight / total for index, weight in weights.items()}
 
 
 @dataclass
 class Combined:
-    """What one layer became: a rotation, the factors of a sum, or both; and what the report says of it."""
+    """What one layer became: a rotation, the factors of a sum, or both; and what the report says of it.
+
+    `vectors` are the reflections of a rotation that is to be written, which then stand in its place.
+    """
 
     rotation: LowRankRotation | None = None
+    vectors: Tensor | None = None
     factors: tuple[Tensor, Tensor] | None = None
     detail: dict[str, Any] = field(default_factory=dict)
 
@@ -88,7 +96,15 @@ class Combined:
     def rank(self) -> int:
         """The rank, at most, of the change of a weight."""
         turned = self.rotation.rank if self.rotation is not None else 0
+        turned += self.vectors.shape[1] if self.vectors is not None else 0
         return turned + (self.factors[1].shape[0] if self.factors is not None else 0)
+
+    @property
+    def held(self) -> int:
+        """Bytes that wait to be written."""
+        rotation = (self.rotation.basis,) if self.rotation is not None else ()
+        vectors = (self.vectors,) if self.vectors is not None else ()
+        return sum(tensor.nbytes for tensor in (*rotation, *vectors, *(self.factors or ())))
 
 
 def combine_layer(
@@ -128,19 +144,23 @@ def _rotate(
     from ortho_cli.linalg.rotation import LowRankRotation
 
     acting = [rotation for rotation in rotations if rotation is not None]
+    counted = mixing.counted
     span = joint.join(acting)
     eye = torch.eye(span.basis.shape[1], dtype=torch.float64)
     turning = iter(span.cores)
-    if mixing.rotation == "grassmann" and len(acting) < len(rotations):
+    placed = [eye if rotation is None else next(turning) for rotation in rotations]
+    if mixing.rotation == "grassmann" and any(rotations[index] is None for index in counted):
         raise TargetError(
             "the Grassmann mean is one of subspaces, and an adapter that leaves a layer as it is has none there",
             hint="combine adapters of the same layers, or use another --mode",
         )
-    cores = torch.stack([eye if rotation is None else next(turning) for rotation in rotations])
+    cores, shares = torch.stack([placed[index] for index in counted]), list(counted.values())
     if mixing.rotation == "compose":
-        core = joint.compose(cores, mixing.weights)
+        core = joint.compose(cores, shares)
+    elif len(counted) == 1:
+        core = cores[0]
     elif mixing.rotation == "slerp":
-        core = joint.slerp(cores[0], cores[1], mixing.shares[1])
+        core = joint.slerp(cores[0], cores[1], shares[1])
     else:
         mean = {
             "mean": joint.karcher_mean,
@@ -148,9 +168,9 @@ def _rotate(
             "orthomerge": joint.orthomerge,
             "grassmann": joint.grassmann_mean,
         }[mixing.rotation]
-        core = mean(cores, mixing.shares)
+        core = mean(cores, shares)
     if mixing.restore:
-        core = joint.restore_angles(core, cores, mixing.shares)
+        core = joint.restore_angles(core, cores, shares)
     whole = LowRankRotation(span.basis, core, side=acting[0].side)
     kept = whole.truncate(span.basis.shape[1] if rank is None else rank)
     change = float(torch.linalg.matrix_norm(core - eye))

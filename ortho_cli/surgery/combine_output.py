@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from ortho_cli.linalg.rotation import LowRankRotation
 
-__all__ = ["adapter_files"]
+__all__ = ["adapter_files", "settled"]
 
 
 def adapter_files(
@@ -29,7 +29,7 @@ def adapter_files(
 ) -> AdapterFiles:
     """A PEFT folder of the combined layers: `hra`, or `lora` at scale 1."""
     if form == "hra":
-        vectors = {name: _reflections(found.rotation) for name, found in combined.items()}
+        vectors = {name: _reflections(found) for name, found in combined.items()}
         _check_widths(vectors)
         return hra_folder(vectors, base, metadata)
     factors = {name: _factors(gathered.first(name), found) for name, found in combined.items()}
@@ -52,14 +52,37 @@ def _check_widths(vectors: Mapping[str, Factor]) -> None:
         )
 
 
-def _reflections(rotation: LowRankRotation | None) -> Factor:
+def settled(found: Combined, form: str) -> Combined:
+    """A layer as it waits to be written: float32, and no more than the form needs."""
+    if form == "hra":
+        assert found.rotation is not None
+        found.vectors, found.rotation = found.rotation.reflections().float(), None
+    if found.factors is not None:
+        found.factors = found.factors[0].float(), found.factors[1].float()
+    return found
+
+
+def _reflections(found: Combined) -> Factor:
     import torch
 
-    assert rotation is not None
-    vectors = rotation.reflections()
+    assert found.vectors is not None
+    vectors = found.vectors
     if not vectors.shape[1]:  # nothing turns: one pair that cancels
-        vectors = torch.eye(vectors.shape[0], 1, dtype=vectors.dtype).expand(-1, 2)
+        vectors = torch.eye(vectors.shape[0], 1).expand(-1, 2)
     return Factor(tuple(vectors.shape), lambda: vectors)
+
+
+class _Pair:
+    """B and A of one layer, made together when the first is asked for, and let go when both were given."""
+
+    def __init__(self, make: Callable[[], tuple[Tensor, Tensor]]) -> None:
+        self.make = make
+        self.left: dict[int, Tensor] = {}
+
+    def take(self, index: int) -> Tensor:
+        if index not in self.left:
+            self.left = dict(enumerate(self.make()))
+        return self.left.pop(index)
 
 
 def _factors(part: Part, found: Combined) -> tuple[Factor, Factor]:
@@ -68,22 +91,19 @@ def _factors(part: Part, found: Combined) -> tuple[Factor, Factor]:
     rank, kernel = max(1, found.rank), kernel_of(part.layer)
     up = (rows, rank, 1, 1) if kernel else (rows, rank)
     down = (rank, columns // prod(kernel), *kernel) if kernel else (rank, columns)
-
-    def product() -> tuple[Tensor, Tensor]:
-        return _product(part.layer.weight, found, rows, columns)
-
-    return Factor(up, lambda: product()[0].reshape(up)), Factor(down, lambda: product()[1].reshape(down))
+    pair = _Pair(lambda: _product(part.layer.weight, found, rows, columns))
+    return Factor(up, lambda: pair.take(0).reshape(up)), Factor(down, lambda: pair.take(1).reshape(down))
 
 
 def _product(weight: TensorInfo | None, found: Combined, rows: int, columns: int) -> tuple[Tensor, Tensor]:
     import torch
 
+    if not found.rank:  # PEFT has no rank 0
+        return torch.zeros(rows, 1), torch.zeros(1, columns)
     pairs = [] if found.factors is None else [found.factors]
     if found.rotation is not None and found.rotation.rank:
         assert weight is not None
         pairs.insert(0, _rotated(weight, found.rotation.to(torch.float64), columns))
-    if not pairs:
-        return torch.zeros(rows, 1), torch.zeros(1, columns)
     return torch.cat([up for up, _ in pairs], dim=1), torch.cat([down for _, down in pairs])
 
 

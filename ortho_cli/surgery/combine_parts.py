@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from ortho_cli.checkpoints.adapters import Adapter
 from ortho_cli.checkpoints.store import Checkpoint
-from ortho_cli.errors import TargetError
+from ortho_cli.errors import TargetError, UsageError
 
 from .adapter_factors import NamedLayer
 from .convert_adapter import named_layers, refuse_leftovers
@@ -86,6 +86,14 @@ class Gathered:
         return any(not part.adds for part in self.parts)
 
     @property
+    def rotating(self) -> tuple[int, ...]:
+        """The adapters that rotate any layer, by index."""
+        columns = zip(*self.layers.values(), strict=True)
+        return tuple(
+            index for index, column in enumerate(columns) if any(part is not None and not part.adds for part in column)
+        )
+
+    @property
     def adds(self) -> bool:
         """Whether any part is a sum."""
         return any(part.adds for part in self.parts)
@@ -96,8 +104,9 @@ class Gathered:
         return 4 * 8 * numbers
 
     def first(self, layer: str) -> Part:
-        """One part of a layer, to ask for what all of them share."""
-        return next(part for part in self.layers[layer] if part is not None)
+        """One part of a layer, to ask for what all share: one that tells a convolution, where there is one."""
+        parts = [part for part in self.layers[layer] if part is not None]
+        return next((part for part in parts if part.layer.layer.kind == "lora"), parts[0])
 
 
 def gather(
@@ -113,6 +122,7 @@ def gather(
 
     Raises:
         TargetError: a kind that has no low-rank form, or adapters that share no layer.
+        UsageError: a base is needed to tell a layer's shape.
         CheckpointError: an adapter that does not fit the base, or brings whole tensors.
     """
     found: dict[str, list[Part | None]] = {}
@@ -130,7 +140,15 @@ def gather(
             f"the adapters share no layer: {shown}",
             hint="were they trained on one model? compare: ortho inspect ADAPTER --layers",
         )
-    return Gathered(adapters, found)
+    gathered = Gathered(adapters, found)
+    for name in found:
+        part = gathered.first(name)
+        if part.adds and part.layer.weight is None and part.layer.layer.kind != "lora":
+            raise UsageError(
+                f"layer {name} ({part.layer.layer.kind}) does not say whether it sits on a Linear or a convolution",
+                hint="add --base BASE",
+            )
+    return gathered
 
 
 def _check_kind(layer: NamedLayer, adapter: Adapter) -> None:

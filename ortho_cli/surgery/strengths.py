@@ -87,8 +87,10 @@ def split_strength(argument: AdapterArgument) -> tuple[str | Path, float]:
         return argument, 1.0
     try:
         value = float(text)
-    except ValueError:  # an equals sign in a name: whether it exists is for the reader to say
-        return argument, 1.0
+    except ValueError:
+        if Path(path).expanduser().exists():
+            raise UsageError(f"strength {text!r} of {path} is not a number", hint=f"as in {path}=0.7") from None
+        return argument, 1.0  # an equals sign in a name: whether it exists is for the reader to say
     return path, _check(value)
 
 

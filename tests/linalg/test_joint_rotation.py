@@ -12,7 +12,7 @@ from naive import chain, golden, relative
 from torch import Tensor
 
 from ortho_cli.errors import NumericsError, TargetError
-from ortho_cli.linalg import Householder, LowRankRotation, orthogonality_defect, orthonormal_start
+from ortho_cli.linalg import Householder, LowRankRotation, orthogonality_defect, orthonormal_start, rotation_logs
 from ortho_cli.linalg.joint_rotation import (
     JointSpan,
     compose,
@@ -128,6 +128,28 @@ def test_a_mean_near_half_a_turn_is_the_near_one_and_an_ambiguous_one_is_refused
     assert relative(orthomerge(torch.stack([plane(0.4), plane(-0.4)]), HALVES), plane(0)) < 1e-12
     with pytest.raises(NumericsError, match="infinite at a half turn"):
         orthomerge(torch.stack([plane(pi), plane(0.1)]), HALVES)
+
+
+def test_rotations_of_odd_rank_have_a_mean_among_themselves() -> None:
+    torch.manual_seed(0)
+    turned = [Householder(torch.randn(6, 1).double() + 3 * torch.ones(6, 1)).rotation() for _ in range(3)]
+    span = join(turned)
+    mean = karcher_mean(span.cores, [1 / 3] * 3)
+    assert float(torch.linalg.det(mean)) == pytest.approx(-1)
+    step = sum(rotation_logs((mean.T @ core)[None])[0] for core in span.cores)
+    assert float(step.norm()) < 1e-11
+    with pytest.raises(TargetError, match="odd number"):
+        karcher_mean(torch.stack([*join([*turned, *drawn(1, 6, 2, 0)]).cores]), [0.25] * 4)
+
+
+def test_restored_angles_do_not_go_the_other_way_round() -> None:
+    parts = torch.stack([torch.block_diag(plane(2.5), plane(sign * 2.0)) for sign in (1, -1)])
+    with pytest.raises(NumericsError, match=r"1\.02 pi, past half a turn"):
+        restore_angles(log_mean(parts, HALVES), parts, HALVES)
+
+
+def test_grassmann_of_nothing_is_nothing() -> None:
+    assert torch.equal(grassmann_mean(torch.eye(3).double().expand(2, 3, 3), HALVES), torch.eye(3).double())
 
 
 def test_grassmann_keeps_what_subspaces_share() -> None:

@@ -79,7 +79,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         "adapters": [], "output": None, "undo": None, "strength": 1.0, "exact": False, "max_shard_size": None,
     },
     "combine": {
-        "output": None, "mode": [], "rank": None, "base": None, "density": 0.5, "restore_angles": False, "seed": 0,
+        "output": None, "mode": [], "rank": None, "base": None, "density": None, "restore_angles": False, "seed": None,
     },
     "extract": {
         "output": None, "kind": "hra", "rank": None, "energy": None, "targets": None, "exclude": [],

@@ -105,7 +105,6 @@ def test_a_product_merges_as_the_parts_one_after_the_other(base: Path, turns: li
     backwards = merged(base, *turns[::-1])
     assert relative_error(backwards["first.weight"], merged(base, *turns)["first.weight"]) > 0.01
     ortho.combine([(turns[0], 1), (turns[0], -1)], tmp_path / "undone", mode="compose")
-    assert_same(merged(base, tmp_path / "undone"), merged(base, tmp_path / "undone", tmp_path / "undone"))
     assert_same(merged(base, tmp_path / "undone"), {k: v for k, v in read(base).items() if k.endswith("weight")})
 
 
@@ -182,6 +181,8 @@ def test_rotations_and_sums_meet_on_their_base(base: Path, turns: list[Path], su
     assert "--base" in str(refused.value.hint)
     ortho.combine([turns[0], sums[0]], tmp_path / "both", mode="compose", base=base)
     assert_same(merged(base, tmp_path / "both"), merged(base, turns[0], sums[0]))
+    ortho.combine([turns[0], (sums[0], -0.5)], tmp_path / "default", base=base)  # a sum has no share in the mean
+    assert_same(merged(base, tmp_path / "default"), merged(base, turns[0], (sums[0], -0.5)))
     said = metadata(tmp_path / "both" / "adapter_model.safetensors")
     assert json.loads(said["ortho.method"]) == {"base_bound": True, "combined": 2, "name": "lora"}
     other = base.parent / "other.safetensors"
@@ -197,6 +198,88 @@ def test_a_layer_that_one_adapter_lacks_stays_as_it_is_there(base: Path, turns: 
     assert any("2 layers are not in every adapter" in note for note in report.notes)
     report = ortho.combine([turns[0], short], tmp_path / "mean")
     assert report.details[0]["largest_angle"] == pytest.approx(report.details[0]["angles_before"][0] / 2, abs=1e-5)
+
+
+def test_adapters_bound_to_their_base_combine_on_one_base_only(
+    base: Path, turns: list[Path], sums: list[Path], tmp_path: Path
+) -> None:
+    other = tmp_path / "other.safetensors"
+    save_file({name: tensor + 1 for name, tensor in read(base).items()}, other)
+    for name, where in (("one", base), ("two", base), ("three", other)):
+        ortho.convert(turns[0], tmp_path / name, "peft-lora", base=where)
+    for second in (tmp_path / "three", sums[0]):
+        with pytest.raises(CheckpointError, match="do not all name that base"):
+            ortho.combine([tmp_path / "one", second], tmp_path / "out")
+    ortho.combine([(tmp_path / "one", 0.5), (tmp_path / "two", 0.5)], tmp_path / "out")
+    assert_same(merged(base, tmp_path / "out"), merged(base, turns[0]))
+    with pytest.raises(CheckpointError, match="only right on the base"):
+        ortho.merge(other, tmp_path / "out", tmp_path / "merged.safetensors", force=False)
+
+
+def test_reflections_of_the_output_side_combine_on_their_base(base: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    parts = [tmp_path / f"output{index}.safetensors" for index in range(2)]
+    for path in parts:
+        start = torch.randn(12, 1).repeat_interleave(2, dim=1)
+        vectors = {"first.hra_u": start + 0.3 * torch.randn(12, 2)}
+        save_file(vectors, path, {"ortho.method": json.dumps({"name": "hra", "side": "output", "eps": 0.0})})
+    with pytest.raises(UsageError, match="no output side"):
+        ortho.combine(parts, tmp_path / "out", mode="compose")
+    ortho.combine(parts, tmp_path / "out", mode="compose", base=base)
+    # On the output side W' = D^T W, so that the product of the rotations is undone in the order of the merges.
+    assert_same(merged(base, tmp_path / "out"), merged(base, *parts))
+
+
+def test_convolutions_combine_and_untold_shapes_are_asked_for(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    base = tmp_path / "base.safetensors"
+    save_file({"conv.weight": torch.randn(6, 4, 3, 3)}, base)
+    parts = [tmp_path / f"locon{index}" for index in range(2)]
+    for folder in parts:
+        folder.mkdir()
+        tensors = {"lora_A": torch.randn(2, 4, 3, 3), "lora_B": torch.randn(6, 2, 1, 1)}
+        named = {f"base_model.model.conv.{name}.weight": tensor for name, tensor in tensors.items()}
+        save_file(named, folder / "adapter_model.safetensors")
+        (folder / "adapter_config.json").write_text(json.dumps(config("LORA", 2, ["conv"])))
+    lohas = tmp_path / "loha"
+    lohas.mkdir()
+    factors = {f"w{i}_{x}": torch.randn(*((6, 2) if x == "a" else (2, 36))) for i in (1, 2) for x in "ab"}
+    named = {f"base_model.model.conv.hada_{name}": tensor for name, tensor in factors.items()}
+    save_file(named, lohas / "adapter_model.safetensors")
+    settings = {"peft_type": "LOHA", "r": 2, "alpha": 2, "target_modules": ["conv"], "use_effective_conv2d": False}
+    (lohas / "adapter_config.json").write_text(json.dumps(settings))
+    ortho.combine(parts, tmp_path / "both")
+    assert read(tmp_path / "both")["base_model.model.conv.lora_A.weight"].shape == (4, 4, 3, 3)
+    assert_same(merged(base, tmp_path / "both"), merged(base, *parts), 1e-5)
+    with pytest.raises(UsageError, match="does not say whether it sits on a Linear or a convolution"):
+        ortho.combine([lohas, lohas], tmp_path / "out")
+    ortho.combine([lohas, parts[0]], tmp_path / "mixed")
+    assert_same(merged(base, tmp_path / "mixed"), merged(base, lohas, parts[0]), 1e-5)
+
+
+def test_untrained_adapters_combine_to_nothing(base: Path, sums: list[Path], tmp_path: Path) -> None:
+    fresh = adapter(tmp_path / "fresh", "LORA", 2, 0)
+    for role in ("lora_A", "lora_B"):
+        tensors = {name: tensor * (role not in name) for name, tensor in read(fresh).items()}
+        save_file(tensors, fresh / "adapter_model.safetensors")
+        for mode in ("linear", "svd", "ties", "dare"):
+            ortho.combine([fresh, fresh], tmp_path / "none", mode=mode, force=True)
+            assert_same(merged(base, tmp_path / "none"), {k: v for k, v in read(base).items() if k.endswith("weight")})
+
+
+def test_ties_sees_the_adapter_not_how_it_is_stored(base: Path, sums: list[Path], tmp_path: Path) -> None:
+    ortho.combine(sums, tmp_path / "plain", mode="ties")
+    tensors = {name: tensor * (100 if "lora_B" in name else 0.01) for name, tensor in read(sums[0]).items()}
+    save_file(tensors, sums[0] / "adapter_model.safetensors")
+    ortho.combine(sums, tmp_path / "scaled", mode="ties")
+    assert_same(merged(base, tmp_path / "scaled"), merged(base, tmp_path / "plain"), 1e-5)
+
+
+def test_parts_without_weight_have_no_say(base: Path, turns: list[Path], tmp_path: Path) -> None:
+    mirror = adapter(tmp_path / "mirror", "HRA", 2, 5, apply_GS=True)
+    for mode in ("mean", "log-mean", "orthomerge", "grassmann"):
+        ortho.combine([turns[0], (mirror, 0)], tmp_path / mode, mode=mode)
+        assert_same(merged(base, tmp_path / mode), merged(base, turns[0]))
 
 
 def test_peft_loads_the_result_and_it_acts_as_computed(
@@ -228,9 +311,17 @@ def test_what_cannot_be_combined_is_refused_with_the_reason(
         (sums, {"mode": "mean"}, UsageError, "mean is for rotations"),
         (turns, {"mode": "average"}, UsageError, "average"),
         ([turns[0], (turns[1], -1)], {}, UsageError, "weights of at least 0, found -1"),
-        (sums, {"density": 0}, UsageError, "density 0 is no share"),
-        (sums, {"restore_angles": True}, UsageError, "about rotations"),
-        (turns, {"rank": 0}, UsageError, "no such rank"),
+        (sums, {"density": 0, "mode": "ties"}, UsageError, "density 0 is no share"),
+        (sums, {"density": 0.1}, UsageError, "density 0.1 is about --mode ties and dare"),
+        (sums, {"seed": 1, "mode": "ties"}, UsageError, "seed 1 is about --mode dare"),
+        (turns, {"mode": ["mean", "compose"]}, UsageError, "mean and --mode compose are for the same"),
+        (turns, {"mode": "compose", "restore_angles": True}, UsageError, "about means of rotations"),
+        (turns, {"rank": 1}, UsageError, "a rotation takes two reflections"),
+        (turns, {"rank": 7}, UsageError, "a rotation takes two reflections"),
+        ([(turns[0], 0), (turns[1], 0)], {}, UsageError, "every weight is 0"),
+        ([turns[0], f"{turns[1]}=0,7"], {}, UsageError, "strength '0,7' of .* is not a number"),
+        (sums, {"restore_angles": True}, UsageError, "about means of rotations"),
+        (sums, {"rank": 0}, UsageError, "no such rank"),
         (turns, {"rank": ["fourth=2"]}, TargetError, "fourth"),
         ([turns[0], (turns[1], float("nan"))], {}, UsageError, "nan"),
         ([turns[0], short], {"mode": "grassmann"}, TargetError, "leaves a layer as it is"),
@@ -248,6 +339,8 @@ def test_what_cannot_be_combined_is_refused_with_the_reason(
     (odd / "adapter_config.json").write_text(json.dumps(config("HRA", 1, list(SHAPES))))
     with pytest.raises(TargetError, match="odd number of reflections"):
         ortho.combine([odd, turns[0]], out)
+    ortho.combine([(odd, 0), turns[0]], tmp_path / "uncounted", mode="compose")
+    assert_same(merged(base, tmp_path / "uncounted"), merged(base, turns[0]))
     dora = adapter(tmp_path / "dora", "LORA", 2, 0, use_dora=True)
     magnitudes = {f"base_model.model.{name}.lora_magnitude_vector": torch.ones(SHAPES[name][0]) for name in SHAPES}
     save_file(read(dora) | magnitudes, dora / "adapter_model.safetensors")
