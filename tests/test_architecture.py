@@ -128,7 +128,7 @@ def test_registry_entries_resolve() -> None:
 
 VERBS = [
     [], ["inspect"], ["add-hra"], ["factorize"], ["merge"], ["unmerge"], ["combine"], ["convert"], ["train"],
-    ["sweep"], ["evaluate"], ["extract"], ["doctor"], ["demo"],
+    ["sweep"], ["evaluate"], ["generate"], ["extract"], ["doctor"], ["demo"],
     ["bench"], ["bench", "surgery"], ["bench", "gor"], ["bench", "hra"],
     ["bench", "frobenius"], ["bench", "factorize"], ["bench", "polar"], ["bench", "stability"], ["bench", "oialr"],
     ["bench", "whiten"], ["bench", "nog"], ["bench", "geometry"],

@@ -25,6 +25,7 @@ from ortho_cli.cli import (
     evaluate,
     extract,
     factorize,
+    generate,
     inspect,
     merge,
     recipe,
@@ -137,6 +138,7 @@ app.command("convert", rich_help_panel=CHECKPOINTS)(convert.convert)
 app.command("train", rich_help_panel=TRAINING)(train.train)
 app.command("sweep", rich_help_panel=TRAINING)(sweep.sweep)
 app.command("evaluate", rich_help_panel=TRAINING)(evaluate.evaluate)
+app.command("generate", rich_help_panel=TRAINING)(generate.generate)
 app.add_typer(analyze.app, name="analyze", cls=OrthoGroup, rich_help_panel=ANALYSIS)
 app.add_typer(recipe.app, name="recipe", cls=OrthoGroup, rich_help_panel=HELP)
 app.add_typer(bench.app, name="bench", cls=OrthoGroup, rich_help_panel=HELP)

@@ -113,6 +113,11 @@ class EigenGenerator(nn.Module):
         )
         self.to_picture = nn.Conv2d(widths[-1], channels, 7, padding=3)
 
+    def latent_matrices(self) -> list[Tensor]:
+        """The matrices by which the coordinates of each block enter it, `(basis, dim)`."""
+        spaces = [block.get_submodule("subspace") for block in self.blocks]
+        return [space.importance[:, None] * space.U for space in spaces if isinstance(space, Subspace)]
+
     def forward(self, noise: Tensor) -> Tensor:
         coordinates, rest = noise.tensor_split([len(self.latents)], dim=1)
         features = self.first(rest).view(len(noise), -1, START, START)

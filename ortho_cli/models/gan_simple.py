@@ -78,6 +78,10 @@ class SimpleGenerator(nn.Module):
         self.norms = nn.ModuleList(nn.Sequential(_norm(width), nn.LeakyReLU(SLOPE)) for width in widths[1:])
         self.to_picture = nn.Conv2d(widths[-1], channels, 3, padding=1)
 
+    def latent_matrices(self) -> list[Tensor]:
+        """The matrix by which the code enters, `(noise, features)`."""
+        return [self.project.weight.flatten(1)]
+
     def forward(self, noise: Tensor) -> Tensor:
         features = self.project(noise[:, :, None, None])
         for conv, norm in zip(self.convs, self.norms, strict=True):

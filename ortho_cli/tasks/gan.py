@@ -88,9 +88,13 @@ class GANTask(Task):
 
     def example(self, batch: int) -> Batch:
         """Grey pictures, and everything that is drawn."""
-        drawn = self._drawn(0, torch.arange(batch), regularized=True)
-        shape = (batch, self.spec.channels, self.image_size, self.image_size)
-        return {"image": torch.zeros(shape), **{name: torch.zeros(value.shape) for name, value in drawn.items()}}
+        shapes = {
+            "image": (batch, self.spec.channels, self.image_size, self.image_size), "noise": (batch, 2, self.noise_dim),
+            **({"draws": (batch, 3, DRAWS)} if self.config.augment else {}),
+            **({"mix": (batch, 1, 1, 1)} if self.config.gradient_penalty else {}),
+            **({"r1": ()} if self.config.r1 else {}),
+        }  # fmt: skip
+        return {name: torch.zeros(shape) for name, shape in shapes.items()}
 
     def batches(
         self, split: Split, epoch: int, *, batch: int, rank: int = 0, world: int = 1, skip: int = 0, workers: int = 0
