@@ -70,28 +70,34 @@ def is_span(layer: NamedLayer) -> bool:
 
 
 def reflection_factor(adapter: Adapter, layer: NamedLayer) -> Factor:
-    """The vectors ``(in, r)`` of a Householder layer: as they are stored, or those of its power."""
+    """The vectors ``(in, r)`` of a Householder layer: as they are stored, or those of its power.
+
+    At strength 0 their number is even, whatever it was: an odd chain is a mirror.
+    """
     info = layer.layer.tensors["vectors"]
     plain = not layer.layer.options.get("gram_schmidt") or layer.spanned
+    width, columns = info.shape
+    if layer.strength == 0:
+        columns = columns - columns % 2 or 2
 
     def make() -> Tensor:
         if layer.strength == 1 and plain:
             with TensorReader() as reader:
                 return reader.read_copy(info)
-        return _turned(adapter.operator(layer.name, "float64"), layer.strength)
+        return _turned(adapter.operator(layer.name, "float64"), layer.strength, columns)
 
-    return Factor(info.shape, make)
+    return Factor((width, columns), make)
 
 
-def _turned(operator: Operator, strength: float) -> Tensor:
-    """Vectors of a chain's power, as many as the chain has: what is left over is pairs that cancel."""
+def _turned(operator: Operator, strength: float, columns: int) -> Tensor:
+    """That many vectors of a chain's power: what is left over is pairs that cancel."""
     import torch
 
     from ortho_cli.linalg.householder import Householder
 
     assert isinstance(operator, Householder)
     found = operator.rotation().power(strength).reflections()
-    pairs = operator.vectors[:, :1].expand(-1, operator.rank - found.shape[1])
+    pairs = operator.vectors[:, :1].expand(-1, columns - found.shape[1])
     return torch.cat([found, pairs / torch.linalg.vector_norm(pairs, dim=0)], dim=1)
 
 
@@ -140,8 +146,19 @@ def _up(adapter: Adapter, layer: NamedLayer, rows: int, columns: int) -> Tensor:
 
 
 def _down(adapter: Adapter, layer: NamedLayer, rows: int, columns: int) -> Tensor:
-    """A ``(r, columns)`` of one layer, which every block of rows gives alike."""
-    return next(down for _, down in _low_rank(adapter, layer, rows, columns))
+    """A ``(r, columns)`` of one layer; where rows do not mix it is alike for any of them, and for none."""
+    import torch
+
+    whole, operator = _operators(adapter, layer)
+    if operator.row_multiple == 0:
+        return next(down for _, down in _low_rank(adapter, layer, rows, columns))
+    return _padded(*operator.as_low_rank(torch.empty(0, columns, dtype=torch.float64)), whole.rank)[1]
+
+
+def _operators(adapter: Adapter, layer: NamedLayer) -> tuple[Operator, Operator]:
+    """What acts on one layer, in float64: at strength 1, and at its own."""
+    whole = adapter.operator(layer.name, "float64")
+    return whole, whole if layer.strength == 1 else whole.power(layer.strength)
 
 
 def _padded(up: Tensor, down: Tensor, rank: int | None) -> tuple[Tensor, Tensor]:
@@ -156,8 +173,7 @@ def _low_rank(adapter: Adapter, layer: NamedLayer, rows: int, columns: int) -> I
     """Rows of B, and A, in float64, from blocks of the weight's rows where the operator multiplies by it."""
     import torch
 
-    whole = adapter.operator(layer.name, "float64")
-    operator = whole if layer.strength == 1 else whole.power(layer.strength)
+    whole, operator = _operators(adapter, layer)
     if layer.weight is None:
         yield operator.as_low_rank(torch.zeros((), dtype=torch.float64).expand(rows, columns))
         return

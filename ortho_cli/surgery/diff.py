@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ortho_cli.checkpoints.layouts import canonical_shape, to_canonical
-from ortho_cli.checkpoints.reading import BLOCK_BYTES, TensorReader, row_blocks
+from ortho_cli.checkpoints.reading import BLOCK_BYTES, TensorReader, row_blocks, same_bits
 from ortho_cli.checkpoints.store import Checkpoint, open_checkpoint
 from ortho_cli.checkpoints.tensors import TensorInfo
 from ortho_cli.errors import NumericsError, UsageError
@@ -158,13 +158,7 @@ def _same_bytes(
     other_reader: TensorReader,
 ) -> bool:
     """Whether two tensors of one type are bit for bit the same: the usual case, at the speed of reading."""
-    import torch
-
-    for rows in blocks:
-        a, b = reader.read(info, rows).reshape(-1), other_reader.read(other, rows).reshape(-1)
-        if not torch.equal(a.view(torch.uint8), b.view(torch.uint8)):
-            return False
-    return True
+    return all(same_bits(reader.read(info, rows), other_reader.read(other, rows)) for rows in blocks)
 
 
 def _double(tensor: Tensor) -> Tensor:

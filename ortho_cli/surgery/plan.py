@@ -55,9 +55,10 @@ class OutputFile:
 
 @dataclass(frozen=True)
 class Companion:
-    """A file made from a finished output before that gets its name: neither appears until both are complete.
+    """A file made from a finished output before either has its name, and named first: no output is without it.
 
-    `write` is given the output's partial and its own; `needed` is the free space that takes.
+    `write` is given the output's partial and its own; `needed` is the free space that takes. Where the output's name
+    is then taken, the companion stays alone.
     """
 
     path: Path
@@ -155,7 +156,8 @@ def run(plan: Plan, *, force: bool = False, dry_run: bool = False, progress: Pro
         progress: told of every byte.
 
     Raises:
-        OutputError: the output exists, is an input, does not fit, or cannot be written; nothing was left behind.
+        OutputError: the output exists, is an input, does not fit, or cannot be written; nothing was left behind, but
+            perhaps a companion.
         CheckpointError: two files of the output have one name, or an input changed; nothing was left behind.
         NumericsError: a computed weight is not finite; nothing was left behind.
     """
@@ -174,8 +176,8 @@ def run(plan: Plan, *, force: bool = False, dry_run: bool = False, progress: Pro
     plan.before(advance)
     with ExitStack() as stack:
         stack.enter_context(plan.during())
-        own = stack.enter_context(atomic(beside.path, force=force)) if beside is not None else None
         partial = stack.enter_context(atomic(plan.output, force=force))
+        own = stack.enter_context(atomic(beside.path, force=force)) if beside is not None else None  # named before it
         single = len(plan.files) == 1 and not plan.files[0].relative and not (plan.copies or plan.texts or plan.blobs)
         if not single:
             partial.mkdir()

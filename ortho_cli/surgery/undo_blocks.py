@@ -8,10 +8,13 @@ deflate's `Z_RLE` is twice as fast here as its match search, and smaller.
 from __future__ import annotations
 
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from ortho_cli.checkpoints.reading import BLOCK_BYTES, TensorReader
+from ortho_cli.checkpoints.layer_pool import default_workers
+from ortho_cli.checkpoints.reading import BLOCK_BYTES, TensorReader, same_bits
 from ortho_cli.checkpoints.tensors import DTYPE_BITS, TensorInfo
 from ortho_cli.errors import CheckpointError
 
@@ -34,13 +37,11 @@ def blocks_of(reader: TensorReader, info: TensorInfo) -> Iterator[memoryview]:
 
 def same_bytes(info: TensorInfo, other: TensorInfo) -> bool:
     """Whether two tensors hold the same type, shape and bytes; stops at the first block that differs."""
-    import torch
-
     if (info.dtype, info.shape) != (other.dtype, other.shape):
         return False
     with TensorReader() as first, TensorReader() as second:
         pairs = zip(blocks_of(first, info), blocks_of(second, other), strict=True)
-        return all(torch.equal(_bytes(one), _bytes(two)) for one, two in pairs)
+        return all(same_bits(_bytes(one), _bytes(two)) for one, two in pairs)
 
 
 def encoded(info: TensorInfo, previous: TensorInfo | None, see: Callable[[memoryview], None]) -> Iterator[bytes]:
@@ -51,15 +52,20 @@ def encoded(info: TensorInfo, previous: TensorInfo | None, see: Callable[[memory
         previous: what will be there then.
         see: shown every block of `info` before it is encoded.
 
-    Cost: one pass over both; a block of each in memory.
+    Cost: one pass over both; planes are deflated on all processors, two each in memory.
     """
-    with TensorReader() as reader, TensorReader() as other:
+    workers = default_workers()
+    ahead: deque[Future[bytes]] = deque()
+    with TensorReader() as reader, TensorReader() as other, ThreadPoolExecutor(workers) as pool:
         after = blocks_of(other, previous) if previous is not None else None
         for block in blocks_of(reader, info):
             see(block)
             for plane in _planes(_exclusive(block, next(after) if after is not None else None), _width(info)):
-                packed = _deflated(plane)
-                yield len(packed).to_bytes(LENGTH_BYTES, "little") + packed
+                ahead.append(pool.submit(_deflated, plane))
+                if len(ahead) > 2 * workers:
+                    yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
 
 
 def decoded(stored: TensorInfo, target: TensorInfo, previous: TensorInfo | None) -> Iterator[memoryview]:
@@ -106,14 +112,18 @@ def _exclusive(block: memoryview, other: memoryview | None) -> Tensor:
 
 
 def _planes(block: Tensor, width: int) -> Iterator[memoryview]:
-    """First bytes of all numbers, then second bytes, and so on."""
-    for plane in block.view(-1, width).T.contiguous():
+    """First bytes of all numbers, then second bytes, and so on; in memory of their own, as the block's is reused."""
+    import torch
+
+    for plane in block.view(-1, width).T.clone(memory_format=torch.contiguous_format):
         yield plane.numpy().data
 
 
 def _deflated(plane: memoryview) -> bytes:
+    """A plane behind its length; the interpreter is free meanwhile."""
     packer = zlib.compressobj(LEVEL, zlib.DEFLATED, zlib.MAX_WBITS, zlib.DEF_MEM_LEVEL, zlib.Z_RLE)
-    return packer.compress(plane) + packer.flush()
+    packed = packer.compress(plane) + packer.flush()
+    return len(packed).to_bytes(LENGTH_BYTES, "little") + packed
 
 
 def _read(reader: TensorReader, stored: TensorInfo, position: int, count: int, end: int) -> memoryview:

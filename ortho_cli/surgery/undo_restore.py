@@ -58,6 +58,7 @@ def plan_undo(merged: Checkpoint, undo: Path, output: Path) -> Plan:
     plan.blobs = {name.removeprefix(FILE): restoring.content(name) for name in stored}
     plan.details = restoring.details
     plan.layers = len(plan.details)
+    plan.parameters = sum(detail["parameters"] for detail in plan.details)
     plan.before = restoring.check
     plan.extra_bytes = sum(info.nbytes for info in restoring.needed.values())
     plan.totals = {
@@ -171,7 +172,8 @@ class _Restoring:
         self.details.append(
             {
                 "name": full.removesuffix(".weight"), "shape": list(info.shape), "dtype": info.dtype,
-                "kind": "difference" if source is not None else "whole", "stored_bytes": stored.nbytes,
+                "kind": "difference" if source is not None else "whole", "rank": None, "parameters": info.numel,
+                "stored_bytes": stored.nbytes,
             }
         )  # fmt: skip
         return computed(info.name, info.dtype, info.shape, self._restored(stored, info, source, digest))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ from adapter_folders import Tensors, metadata, peft_folder, read, relative_error
 from safetensors.torch import save_file
 
 from ortho_cli.checkpoints.adapters import base_bound, read_adapter
-from ortho_cli.errors import UsageError
+from ortho_cli.checkpoints.store import open_checkpoint
+from ortho_cli.errors import CheckpointError, UsageError
+from ortho_cli.surgery.adapter_factors import lora_factors
 from ortho_cli.surgery.add_hra import add_hra
 from ortho_cli.surgery.convert import convert
+from ortho_cli.surgery.convert_adapter import named_layers
 from ortho_cli.surgery.diff import diff
 from ortho_cli.surgery.inspect import inspect
 from ortho_cli.surgery.merge import merge
@@ -101,6 +105,18 @@ class TestHraToLora:
         linear = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn1_to_out_0"
         assert kohya[f"{linear}.lora_down.weight"].shape == (4, 12)
         assert "lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_up.weight" in kohya
+
+    @pytest.mark.parametrize("strength", [1.0, 0.5])
+    def test_down_needs_no_weight_of_the_base(self, base: Path, hra: Path, strength: float) -> None:
+        adapter = read_adapter(hra)
+        layer = named_layers(adapter, open_checkpoint(base), print)[0]
+        assert layer.weight is not None
+        _, down = lora_factors(adapter, replace(layer, strength=strength))
+        gone = replace(layer, strength=strength, weight=replace(layer.weight, path=base / "gone"))
+        unread = lora_factors(adapter, gone)
+        assert torch.equal(unread[1].make(), down.make())
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            unread[0].make()
 
     def test_a_rank_above_the_outputs_is_still_exact(self, tmp_path: Path) -> None:
         """`conv_out` has 4 outputs; its adapter may have 8 reflections."""

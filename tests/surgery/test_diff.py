@@ -174,6 +174,17 @@ class TestNaming:
         assert diff(tmp_path / "x.ckpt", first, fail_above=0).details == []
 
 
+@pytest.mark.parametrize("size", [1, 7, 8, 13, 16, 4001])
+@pytest.mark.parametrize("place", [0, -1])
+def test_one_byte_anywhere_is_seen(tmp_path: Path, size: int, place: int) -> None:
+    plain = torch.arange(size).to(torch.uint8)
+    other = plain.clone()
+    other[place] ^= 128
+    paths = [save(tmp_path / f"{name}.safetensors", {"x": value}) for name, value in (("a", plain), ("b", other))]
+    assert statuses(paths[0], paths[0]) == {}
+    assert statuses(*paths) == {"x": "changed"}
+
+
 def test_reports(first: Path, tmp_path: Path) -> None:
     second = save(tmp_path / "second.safetensors", {**base(), "n": torch.tensor(3)})
     report = diff(first, second).as_dict()

@@ -18,7 +18,7 @@ from ortho_cli.checkpoints.writer import computed, copied
 from ortho_cli.cli.app import app
 from ortho_cli.errors import CheckpointError, NumericsError, OutputError
 from ortho_cli.surgery import plan as module
-from ortho_cli.surgery.plan import OutputFile, Plan, provenance, run
+from ortho_cli.surgery.plan import Companion, OutputFile, Plan, provenance, run
 
 Save = Callable[..., Path]
 Tensors = dict[str, torch.Tensor]
@@ -248,6 +248,20 @@ def test_a_text_that_comes_last_overwrites_nothing(tmp_path: Path, save: Save) -
     with pytest.raises(CheckpointError, match=r"would have the name 'copy\.bin'"):
         run(plan)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("taken", ["out", "beside"])
+def test_no_output_is_without_its_companion(taken: str, tmp_path: Path, save: Save) -> None:
+    def write(partial: Path, own: Path, advance: Callable[[int], None]) -> None:
+        assert (partial / "copy.bin").exists()
+        own.write_text("made of it")
+        (tmp_path / taken).write_text("theirs")
+
+    plan = small(tmp_path, save, companion=Companion(tmp_path / "beside", 0, write))
+    with pytest.raises(OutputError, match=f"output exists: .*{taken}"):
+        run(plan)
+    found = {path.name: path.read_text() for path in tmp_path.iterdir() if path.suffix != ".safetensors"}
+    assert found == ({"beside": "theirs"} if taken == "beside" else {"beside": "made of it", "out": "theirs"})
 
 
 @pytest.mark.parametrize("force", [True, False])

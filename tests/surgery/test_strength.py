@@ -203,6 +203,20 @@ class TestConvert:
         assert [detail["strength"] for detail in report.details] == [strength, 0.25, strength]
         same(merged(base, tmp_path / "part"), merged(base, adapter, [strength, "up.k=0.25"]), 2e-7)
 
+    @pytest.mark.parametrize("rank", [1, 3])
+    @pytest.mark.parametrize("options", [{}, {"apply_GS": True}])
+    def test_zero_of_an_odd_chain_is_the_base(
+        self, base: Path, tmp_path: Path, rank: int, options: dict[str, Any]
+    ) -> None:
+        convert(hra(tmp_path / "odd", rank=rank, **options), tmp_path / "none", strength=0)
+        assert {layer.rank for layer in read_adapter(tmp_path / "none").layers.values()} == {2}
+        same(merged(base, tmp_path / "none"), model(), 1e-7)
+
+    def test_one_layer_of_an_odd_adapter_at_zero_has_no_form(self, tmp_path: Path) -> None:
+        with pytest.raises(TargetError, match="differ by an odd number"):
+            convert(hra(tmp_path / "odd", rank=3), tmp_path / "part", strength="up.k=0")
+        assert not (tmp_path / "part").exists()
+
     def test_peft_computes_the_same(self, base: Path, tmp_path: Path) -> None:
         peft = pytest.importorskip("peft")
         adapter = hra(tmp_path / "hra")

@@ -15,6 +15,7 @@ from ortho_cli.checkpoints.reading import BLOCK_BYTES
 from ortho_cli.checkpoints.store import open_checkpoint
 from ortho_cli.errors import CheckpointError, NumericsError, OrthoError, OutputError, TargetError, UsageError
 from ortho_cli.surgery import undo as undo_module
+from ortho_cli.surgery import undo_blocks
 from ortho_cli.surgery.add_hra import add_hra
 from ortho_cli.surgery.merge import merge
 from ortho_cli.surgery.undo_restore import read_record
@@ -248,6 +249,33 @@ class TestRefusals:
                 unmerge(kept / "m.safetensors", undo=kept / "u.safetensors", **options)
         with pytest.raises(UsageError, match="neither an undo file nor an adapter"):
             unmerge(kept / "m.safetensors", output=kept / "again.safetensors")
+
+    def test_the_report_counts_what_comes_back(self, kept: Path) -> None:
+        report = restore(kept, dry_run=True)
+        assert {entry["name"]: (entry["rank"], entry["parameters"]) for entry in report.details} == {
+            "net.q": (None, 24 * 16), "net.tall": (None, TALL * 64),
+        }  # fmt: skip
+        assert report.parameters == 24 * 16 + TALL * 64
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float16, torch.float64])
+@pytest.mark.parametrize("rows", [1, 3 * BLOCK_BYTES // 8 + 1])
+@pytest.mark.parametrize("alone", [False, True])
+def test_differences_of_many_blocks(tmp_path: Path, dtype: torch.dtype, rows: int, alone: bool) -> None:
+    """Every block on its way to the threads is a copy: the reader's memory is overwritten meanwhile."""
+    torch.manual_seed(0)
+    before = torch.randn(rows).mul(50).to(dtype) if dtype != torch.uint8 else torch.randint(0, 256, (8 * rows,)).byte()
+    save_file({"w": before}, tmp_path / "a.safetensors")
+    save_file({"w": before.roll(1)}, tmp_path / "b.safetensors")
+    info, other = (open_checkpoint(tmp_path / f"{name}.safetensors").tensors["w"] for name in "ab")
+    previous = None if alone else other
+    seen: list[bytes] = []
+    packed = b"".join(undo_blocks.encoded(info, previous, lambda block: seen.append(bytes(block))))
+    save_file({"d": torch.frombuffer(bytearray(packed), dtype=torch.uint8)}, tmp_path / "d.safetensors")
+    stored = open_checkpoint(tmp_path / "d.safetensors").tensors["d"]
+    wanted = before.view(torch.uint8).numpy().tobytes()
+    assert b"".join(seen) == wanted
+    assert b"".join(map(bytes, undo_blocks.decoded(stored, info, previous))) == wanted
 
 
 class TestKeeping:
