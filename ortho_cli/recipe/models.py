@@ -10,8 +10,8 @@ from pydantic import Field
 from ortho_cli.recipe.section import Count, Positive, Rejection, Section, Share, Text
 
 __all__ = [
-    "MLP", "VGG", "EigenGAN", "Forecaster", "HFImage", "Model", "ResNet", "ResNet32x2", "SimpleGAN", "Timm", "VitB16",
-    "VitMini", "WideResNet",
+    "MLP", "VGG", "EigenGAN", "Forecaster", "HFImage", "Model", "ResNet", "ResNet32x2", "SimpleGAN",
+    "SmallStemResNet", "Timm", "VitB16", "VitMini", "WideResNet",
 ]  # fmt: skip
 
 Base = Annotated[
@@ -50,6 +50,14 @@ class ResNet32x2(_Pictures):
     """ResNet-32 of 64, 128 and 256 channels with projections as shortcuts (EigenDamage, FNL)."""
 
     name: Literal["resnet32x2"] = Field(description="The architecture.")
+    width: Positive = Field(default=1.0, description="All channels times this.")
+    base: Base = None
+
+
+class SmallStemResNet(_Pictures):
+    """ResNet-18, 34 or 50 in four stages, with a first layer for small pictures."""
+
+    name: Literal["resnet18", "resnet34", "resnet50"] = Field(description="Its depth.")
     width: Positive = Field(default=1.0, description="All channels times this.")
     base: Base = None
 
@@ -186,6 +194,7 @@ class SimpleGAN(_Generating):
 
 
 Model = Annotated[
-    ResNet | ResNet32x2 | VGG | WideResNet | VitMini | VitB16 | MLP | HFImage | Timm | Forecaster | EigenGAN | SimpleGAN,
+    ResNet | ResNet32x2 | SmallStemResNet | VGG | WideResNet | VitMini | VitB16 | MLP | HFImage | Timm | Forecaster
+    | EigenGAN | SimpleGAN,
     Field(discriminator="name"),
-]
+]  # fmt: skip

@@ -17,6 +17,7 @@ SIZE, CLASSES = 8, 7
 SMALL = {
     "vgg19": {"width": 0.125},
     "resnet32x2": {"width": 0.125},
+    **{f"resnet{depth}": {"width": 0.125} for depth in (18, 34, 50)},
     "wrn": {"depth": 10, "width": 1},
     "vit-mini": {"patch": 4, "depth": 1, "heads": 2, "dim": 8},
     "vit-b16": {"patch": 4, "depth": 1, "heads": 2, "dim": 8},
@@ -67,7 +68,7 @@ def test_every_parameter_takes_part(name: str, channels: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "module", ["resnet_cifar", "vgg", "wide_resnet", "vit", "mlp", "hf_image", "timm_image", "forecaster"]
+    "module", ["resnet_cifar", "resnet", "vgg", "wide_resnet", "vit", "mlp", "hf_image", "timm_image", "forecaster"]
 )
 def test_examples_in_the_documentation_run(module: str) -> None:
     found = doctest.testmod(importlib.import_module(f"ortho_cli.models.{module}"))

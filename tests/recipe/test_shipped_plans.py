@@ -21,6 +21,7 @@ VIT = 201_418
 SMALL_VIT = 101_834  # of two blocks in place of four
 HRA = 4 * 16 * (64 + 64 + 64 + 256)  # 16 reflections on the inputs of the four layers of each of four blocks
 HEAD = 65 * 10
+SOC = 64 * 64 * 9 - 64 * 3 * 9  # a filter from 64 channels to 64 in place of one from 3
 COUNTS = {
     "quickstart": (RESNET20, RESNET20),
     "digits-resnet20-gor": (RESNET20, RESNET20),
@@ -38,6 +39,11 @@ COUNTS = {
     "imagenet-resnetrs101-oialr": (63_618_696, 63_618_696),  # timm's count too
     "ettm2-forecaster-oialr": (6_352_072, 6_352_072),
     "series-forecaster-oialr": (102_352, 102_352),
+    "cifar10-resnet18-whiten": (11_173_962, 11_173_962),
+    "cifar10-resnet18-whiten-nog-olr": (11_173_962, 11_173_962),
+    "cifar10-resnet18-whiten-nog-olr-soc": (11_173_962, 11_173_962 + SOC),
+    "cifar100-resnet50-whiten": (23_705_252, 23_705_252),
+    "cifar100-resnet50-whiten-nog-olr-soc": (23_705_252, 23_705_252 + SOC),
     "cifar10-resnet110-gor": (1_795_064, 1_795_064),  # the paper's model with its head of 1000 outputs
 }
 

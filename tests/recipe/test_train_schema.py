@@ -22,6 +22,7 @@ VIT = {"dim": 768, "mlp_ratio": 4.0, "dropout": 0.0, "base": None}
 MODELS: dict[str, dict[str, Any]] = {
     "resnet20": RESNET, "resnet32": RESNET, "resnet44": RESNET, "resnet56": RESNET, "resnet110": RESNET,
     "resnet32x2": {"width": 1.0, "base": None},
+    **{f"resnet{depth}": {"width": 1.0, "base": None} for depth in (18, 34, 50)},
     "vgg19": {"width": 1.0, "base": None},
     "wrn": {"depth": 28, "width": 10, "base": None},
     "vit-mini": {"patch": 8, "depth": 6, "heads": 6, "qkv_bias": False, **VIT},
@@ -44,7 +45,7 @@ DATA = {
 SERIES = {
     "path": None, "source": None, "columns": None, "shares": None, "judge": "test", "batch": 32, "eval_batch": None,
     "workers": 0,
-}
+}  # fmt: skip
 DATA_SETS = ["digits", "mnist", "cifar10", "cifar100", "tiny-imagenet", "imagenet", "image-folder"]
 METHODS: dict[str, dict[str, Any]] = {
     "hra": {
