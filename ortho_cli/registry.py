@@ -76,6 +76,8 @@ TABLES: dict[str, dict[str, str]] = {
         "orthogonal_loss": "ortho_cli.methods.orthogonal_loss:OrthogonalLossMethod",
         "whiten": "ortho_cli.methods.whiten:WhitenMethod",
         "track_conditioning": "ortho_cli.methods.track_conditioning:TrackConditioningMethod",
+        "hessian": "ortho_cli.methods.code_penalties:HessianMethod",
+        "orojar": "ortho_cli.methods.code_penalties:OroJaRMethod",
     },
 }
 

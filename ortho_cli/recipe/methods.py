@@ -13,6 +13,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from ortho_cli.recipe.method_section import AutoTargets, Exclude, MethodSection, OwnRate
 from ortho_cli.recipe.methods_conditioning import TrackConditioning, Whiten
+from ortho_cli.recipe.methods_gan import Hessian, OroJaR
 from ortho_cli.recipe.methods_gradient import NOG, OLR, SOC, OrthogonalLoss, SpectralNorm
 from ortho_cli.recipe.methods_oialr import OIALR, TrackStability
 from ortho_cli.recipe.models import Model
@@ -248,6 +249,6 @@ class Distill(MethodSection):
 Method = Annotated[
     HRA | LoRA | GOR | PEFT | Factorized | FrobeniusDecay | Normalize | Distill | OIALR | TrackStability
     | NOG | OLR | SOC | SpectralNorm | OrthogonalLoss
-    | Whiten | TrackConditioning,
+    | Whiten | TrackConditioning | Hessian | OroJaR,
     Field(discriminator="name"),
 ]  # fmt: skip

@@ -75,6 +75,8 @@ METHODS: dict[str, dict[str, Any]] = {
     "whiten": {
         "targets": "auto", "exclude": [], "groups": 1, "ridge": 0.01, "momentum": 0.1, "solver": "eigh", "compat": None,
     },
+    "hessian": {"targets": ["x"], "exclude": [], "penalty": 1e-5, "directions": 2, "step": 0.1},
+    "orojar": {"targets": ["x"], "exclude": [], "penalty": 1e-5, "directions": 2, "step": 0.1},
     "track_conditioning": {"targets": "auto", "exclude": [], "every": 10, "of": "auto", "ridge": None},
     "distill": {
         "teacher": "there", "model": None, "temperature": 4.0, "alpha": 0.9, "attention": [], "beta": 1000.0,
@@ -113,6 +115,7 @@ REQUIRED = {
     "hf-image": "base: org/name", "timm": "architecture: resnetrs101", "peft": "config: {peft_type: OFT}",
     "factorized": "rank_scale: 0.1",
     **dict.fromkeys(("nog", "olr", "soc", "spectral_norm", "orthogonal_loss"), "targets: [conv1]"),
+    **dict.fromkeys(("hessian", "orojar"), "targets: [x]"),
     "normalize": "mode: record", "distill": "teacher: there", "multistep": "at: [1]",
 }  # fmt: skip
 

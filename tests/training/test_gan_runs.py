@@ -21,7 +21,8 @@ SECTIONS = {
     "task": "{name: gan, r1: 1.0, r1_every: 2, gradient_penalty: 0.5, augment: 0.6, samples: 9}",
     "model": "{name: eigengan, basis: 2, noise: 4, base_channels: 4, max_channels: 8}",
     "data": "{name: digits, batch: 16, size: 16, augment: [crop]}",
-    "methods": "[{name: nog, targets: [subspace]}, {name: orthogonal_loss, targets: [subspace], penalty_form: mean}]",
+    "methods": "[{name: nog, targets: [subspace]}, {name: orthogonal_loss, targets: [subspace], penalty_form: mean}, "
+    "{name: orojar, targets: [feature_conv1], penalty: 1.0e-3}]",
     "optimizer": "{name: adam, lr: 1e-3, betas: [0.5, 0.99]}",
     "train": f"{{steps: {STEPS}, ema: 0.9, limit_batches: 4, threads: 1}}",
     "run": "{dir: FOLDER, save_every_steps: 2, samples_every_steps: 3, log_every: 1, keep: all}",
