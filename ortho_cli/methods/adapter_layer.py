@@ -126,7 +126,8 @@ class AdapterLayer(nn.Module, ABC):
         """Whether the adapter changes anything now.
 
         Raises:
-            TargetError: a gradient is wanted at another strength than 1: what trains is the whole adapter.
+            TargetError: training at another strength than 1: what trains is the whole adapter. In evaluation mode it is
+                a constant there: gradients reach the inputs, not the adapter.
         """
         wanted = self.enabled and self.strength != 1 and self.training and torch.is_grad_enabled()
         if wanted and any(parameter.requires_grad for parameter in self.adapter_parameters()):

@@ -21,6 +21,7 @@ from .adapter_layer import AdapterLayer, geometry
 from .hra_layer import HRALayer
 from .inject import Named, freeze, named_layers, wrap
 from .lora_layer import LoRALayer
+from .saved_modules import mark_replaced
 
 __all__ = ["attach", "hold_reflections", "load_adapter"]
 
@@ -100,7 +101,8 @@ def attach(model: nn.Module, adapter: adapters.Adapter, kinds: tuple[str, ...]) 
 
         wrap(model, [name for name in layers if name in sources], make)
         freeze(model)
-        for parameter, info in replaced:
+        for module, parameter, info in replaced:
+            mark_replaced(module)
             with torch.no_grad():
                 parameter.copy_(reader.read(info))
             parameter.requires_grad_(parameter.is_floating_point())
@@ -132,18 +134,21 @@ def _low_rank(base: nn.Module, tensors: dict[str, Tensor], layer: adapters.Adapt
     return LoRALayer(base, up, down, scale=scale)
 
 
-def _replaced(model: nn.Module, layers: Named, adapter: adapters.Adapter) -> list[tuple[Tensor, TensorInfo]]:
-    """The model's own tensors that the adapter brings anew: trained biases and whole modules."""
-    own = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    spelled = {name.replace(".fixed_linear.", "."): tensor for name, tensor in own.items()}
-    spelled |= {layers.canonical(name): tensor for name, tensor in spelled.items()}
+def _replaced(model: nn.Module, layers: Named, adapter: adapters.Adapter) -> list[tuple[nn.Module, Tensor, TensorInfo]]:
+    """The model's own tensors that the adapter brings anew, trained biases and whole modules, and where they are."""
+    own = {
+        f"{place}.{key}".lstrip(".").replace(".fixed_linear.", "."): (module, tensor)
+        for place, module in model.named_modules()
+        for key, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+    }
+    spelled = own | {layers.canonical(name): found for name, found in own.items()}
     found = []
     for name, info in adapter.replacements.items():
-        tensor = spelled.get(name)
+        module, tensor = spelled.get(name, (model, None))
         if tensor is None or tuple(tensor.shape) != info.shape:
             has = "which the model lacks" if tensor is None else f"of shape {info.shape}, here {tuple(tensor.shape)}"
             raise TargetError(f"the adapter brings {name!r}, {has}", where=str(adapter.path))
-        found.append((tensor, info))
+        found.append((module, tensor, info))
     return found
 
 

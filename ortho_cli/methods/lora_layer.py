@@ -72,7 +72,7 @@ class LoRALayer(AdapterLayer):
         product = self.base_times(columns)
         if not self.acts():
             return product
-        up, down = self.lora_B.flatten(1), self.lora_A.flatten(1)
+        up, down = (factor.flatten(1) for factor in self._factors())
         return product + self.scale * self.strength * (up @ (down @ columns.to(down.dtype))).to(product.dtype)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -82,7 +82,14 @@ class LoRALayer(AdapterLayer):
             return output
         if self.dropout and self.training:
             x = F.dropout(x, self.dropout)
-        down, up = self.lora_A.to(x.dtype), (self.scale * self.strength * self.lora_B).to(x.dtype)
+        up, down = self._factors()
+        down, up = down.to(x.dtype), (self.scale * self.strength * up).to(x.dtype)
         if self.geometry.kind != "conv":
             return output + F.linear(F.linear(x, down), up)
         return output + convolve(self, x, down, up)
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """B and A; at another strength than 1 constants, as reflections are."""
+        if self.strength != 1:
+            return self.lora_B.detach(), self.lora_A.detach()
+        return self.lora_B, self.lora_A

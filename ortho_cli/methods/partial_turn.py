@@ -1,7 +1,8 @@
 r"""An HRA layer between its base and its adapter: `D^s = I + Z (K^s - I) Z^T`, kept from call to call.
 
-Only `Z (d, k)` and `Z (K^s - I)` are kept, beside the layer's state and not in it, and made anew when the strength or
-the vectors have changed.
+Only `Z (d, k)`, `Z (K^s - I)` and the vectors they were made of are kept, beside the layer's state and not in it, and
+made anew when the strength or the vectors have changed. Values are compared: what is written through `.data`, as
+averages of weights are, leaves no other trace.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
+from .adapter_layer import whole
 from .reflecting import autocast_off, to_autocast
 
 if TYPE_CHECKING:
@@ -44,8 +46,9 @@ class PartialTurn:
     """The turn of one layer, remembered."""
 
     def __init__(self) -> None:
-        self._made_of: object = None
         self._turn: Turn | None = None
+        self._strength = 1.0
+        self._made_of: list[Tensor] = []
 
     def of(self, layer: HRALayer) -> Turn:
         """The layer's turn at its strength, from its vectors as they are now.
@@ -53,8 +56,8 @@ class PartialTurn:
         Raises:
             TargetError: it has none: an odd number of reflections, or soft ones.
         """
-        made_of = (layer.strength, *(_state(tensor) for tensor in (layer.vectors, layer.start) if tensor is not None))
-        if self._turn is None or made_of != self._made_of:
+        made_of = [whole(tensor).detach() for tensor in (layer.vectors, layer.start) if tensor is not None]
+        if self._turn is None or layer.strength != self._strength or not all(map(_same, made_of, self._made_of)):
             vectors = layer.vectors
             with torch.no_grad():
                 rotation = layer.operator().rotation().power(layer.strength)
@@ -62,12 +65,9 @@ class PartialTurn:
                 change = core - torch.eye(core.shape[0], dtype=core.dtype, device=core.device)
                 parts = (rotation.basis, rotation.basis @ change, change)
                 self._turn = Turn(*(part.to(vectors.device, vectors.dtype) for part in parts))
-            self._made_of = made_of
+            self._strength, self._made_of = layer.strength, [tensor.clone() for tensor in made_of]
         return self._turn
 
 
-def _state(tensor: Tensor) -> tuple[object, ...]:
-    """What changes when a tensor's values do, or when it is put elsewhere."""
-    version = 0 if tensor.is_inference() else tensor._version
-    place = tensor.to_local() if hasattr(tensor, "to_local") else tensor
-    return version, place.data_ptr(), tensor.device, tensor.dtype
+def _same(tensor: Tensor, kept: Tensor) -> bool:
+    return (tensor.device, tensor.dtype) == (kept.device, kept.dtype) and torch.equal(tensor, kept)

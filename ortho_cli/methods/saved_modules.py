@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from .adapter_layer import AdapterLayer, whole
 
-__all__ = ["SavedModules", "saved_modules"]
+__all__ = ["SavedModules", "mark_replaced", "replaced_modules", "saved_modules"]
+
+REPLACED = "replaced_by_adapter"  # an attribute of the modules whose tensors an adapter's file brought
 
 
 @dataclass
@@ -51,6 +53,27 @@ def saved_modules(model: nn.Module, layers: Mapping[str, AdapterLayer]) -> Saved
         for key, value in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
             found.tensors[f"{layer}.{key}"] = _kept(value)
     return found
+
+
+def mark_replaced(module: nn.Module) -> None:
+    """Remember that an adapter's file brought tensors of a module, whether they train or not."""
+    setattr(module, REPLACED, True)
+
+
+def replaced_modules(model: nn.Module) -> list[str]:
+    """Modules with own tensors that came with an adapter, or that train beside one.
+
+    >>> model = nn.ModuleDict({"body": nn.Linear(2, 2), "head": nn.Linear(2, 3)}).requires_grad_(False)
+    >>> mark_replaced(model["head"])
+    >>> replaced_modules(model)
+    ['head']
+    """
+    return [
+        name.partition(".fixed_linear")[0]
+        for name, module in model.named_modules()
+        if not isinstance(module, AdapterLayer)
+        and (hasattr(module, REPLACED) or any(value.requires_grad for value in module.parameters(recurse=False)))
+    ]
 
 
 def _kept(tensor: Tensor | nn.Module) -> Tensor:

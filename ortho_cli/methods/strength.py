@@ -16,6 +16,7 @@ from ortho_cli.errors import TargetError, UsageError
 
 from .adapter_layer import AdapterLayer, adapter_layers
 from .inject import named_layers
+from .saved_modules import replaced_modules
 
 __all__ = ["set_strength"]
 
@@ -25,7 +26,9 @@ def set_strength(model: nn.Module, strength: float | str | Sequence[float | str]
 
     Rotations turn by that share of their angles, so that singular values are kept all the way; LoRA is scaled. The
     state dict and what `save_adapter` writes stay those of strength 1, and only there can adapters be trained: a
-    forward in training mode that would give them gradients says so.
+    forward in training mode that would give them gradients says so, and in evaluation mode gradients reach the inputs,
+    not the adapters. Whole tensors that came or train with an adapter (`modules_to_save`, biases) have nothing between
+    base and trained here, as the base's are not kept: leave their modules whole, as in ``[0.5, "head=1"]``.
 
     Args:
         model: with adapters of `add_adapter`, `load_adapter`, or the methods `hra` and `lora`; changed in place.
@@ -36,8 +39,9 @@ def set_strength(model: nn.Module, strength: float | str | Sequence[float | str]
         The model itself.
 
     Raises:
-        TargetError: no adapter, a pattern that matches no adapted layer, or an adapter that has nothing between 0 and 1
-            (an odd number of reflections, soft ones). The model is left as it was.
+        TargetError: no adapter, a pattern that matches no adapted layer, an adapter that has nothing between 0 and 1
+            (an odd number of reflections, soft ones), or a strength other than 1 for a whole tensor. The model is left
+            as it was.
         UsageError: a strength that is no finite number.
 
     Cost: `O(d r^2)` a layer, once; a forward costs what it does at strength 1.
@@ -62,12 +66,20 @@ def set_strength(model: nn.Module, strength: float | str | Sequence[float | str]
         raise TargetError(
             "the model has no adapter of ortho's", hint="ortho.load_adapter(model, FOLDER) or ortho.add_adapter(model)"
         )
-    shapes = {name: named[name] for name in adapted}
+    replaced = replaced_modules(model)
+    shapes = {name: named.get(name, ()) for name in (*replaced, *adapted)}
     given = targets.per_layer([str(value) for value in several], shapes, named.layout, float)
     bad = next((value for value in given.values() if not isfinite(value)), None)
     if bad is not None:
         raise UsageError(f"strength {bad} is not finite", hint="0 is the base, 1 the adapter as it was trained")
-    chosen = [(layer, value) for name, value in given.items() for layer in _nested(adapted[name])]
+    for name, value in given.items():
+        if name in replaced and value != 1:
+            raise TargetError(
+                f"the adapter replaced whole tensors of {name!r}, and what the base had there is not kept: there is "
+                f"nothing at strength {value:g}",
+                hint=f"merge at it instead: ortho merge BASE ADAPTER={value:g} -o OUT; or leave them whole: '{name}=1'",
+            )
+    chosen = [(layer, value) for name, value in given.items() if name in adapted for layer in _nested(adapted[name])]
     for layer, value in chosen:
         if value not in (0, 1):
             layer.operator().power(value)  # refused here, before the first is changed

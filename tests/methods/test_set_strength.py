@@ -117,6 +117,33 @@ def test_half_precision_stays_close() -> None:
     torch.testing.assert_close(found.double(), wanted, rtol=0, atol=0.05)
 
 
+@pytest.mark.parametrize("adapter", ["plain", "gram-schmidt", "lora"])
+def test_values_written_through_data_are_followed(adapter: str) -> None:
+    """As averages of weights write them: neither the version nor the place of a parameter changes."""
+    model, x = adapted("linear", adapter)
+    before = set_strength(model, 0.5)(x).detach()
+    for parameter in model[0].adapter_parameters():
+        parameter.data.copy_(parameter.data + torch.randn_like(parameter))
+    after = model(x).detach()
+    assert not torch.allclose(before, after)
+    torch.testing.assert_close(with_weight(model[0], model[0].merged_weight())(x), after, **EXACT)
+
+
+@pytest.mark.parametrize("layer", ["linear", "strided dilated conv"])
+@pytest.mark.parametrize("adapter", ["plain", "output", "lora"])
+def test_in_evaluation_the_inputs_alone_get_gradients(layer: str, adapter: str) -> None:
+    model, x = adapted(layer, adapter)
+    model[0].fixed_linear.requires_grad_(False)
+    set_strength(model, 0.5)
+    assert not model(x).requires_grad
+    columns = torch.randn(model[0].geometry.width, 2, dtype=torch.float64)
+    assert not model[0].times(columns).requires_grad
+    needs = x.clone().requires_grad_()
+    model(needs).sum().backward()
+    assert needs.grad is not None and all(p.grad is None for p in model[0].adapter_parameters())
+    assert set_strength(model, 1)(x).requires_grad
+
+
 @pytest.mark.parametrize("adapter", ["plain", "lora"])
 @pytest.mark.parametrize("strength", [0, 0.5])
 def test_training_wants_strength_one(adapter: str, strength: float) -> None:
@@ -156,3 +183,57 @@ def test_no_weight_is_copied() -> None:
     turn = model[0]._part.of(model[0])
     assert sum(part.numel() for part in turn) < 512 * 512 / 50
     assert len(list(model.buffers())) == 0
+
+
+class Headed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.head(self.body(x).tanh())
+        return out
+
+
+@pytest.fixture
+def headed(tmp_path: Path) -> Path:
+    """A folder with a base, and an adapter that brings a head of its own."""
+    torch.manual_seed(0)
+    model = Headed()
+    save_file({name: t.clone() for name, t in model.state_dict().items()}, tmp_path / "base.safetensors")
+    add_adapter(model, 2, ["body"])
+    model.head.requires_grad_(True)
+    torch.nn.init.normal_(shaken(model).head.weight)
+    ortho.save_adapter(model, tmp_path / "adapter")
+    return tmp_path
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_whole_tensors_have_nothing_in_between(headed: Path, frozen: bool) -> None:
+    model = Headed()
+    model.load_state_dict(load_file(headed / "base.safetensors"))
+    ortho.load_adapter(model, headed / "adapter").eval()
+    if frozen:  # as for use: what was trained shows no longer
+        model = copy.deepcopy(model.requires_grad_(False))
+    x = torch.randn(5, 6)
+    trained = model(x)
+    for strength in (0, 0.5, [1, "head=0"]):
+        with pytest.raises(TargetError, match="whole tensors of 'head'") as caught:
+            set_strength(model, strength)
+        assert "'head=1'" in (caught.value.hint or "")
+        assert torch.equal(model(x), trained)
+    for strength in ([0.5, "head=1"], "body=0.5", [0, "head=1"]):
+        out = headed / "merged.safetensors"
+        ortho.merge(headed / "base.safetensors", headed / "adapter", out, strength=strength, force=True)
+        wanted = Headed()
+        wanted.load_state_dict(load_file(out))
+        torch.testing.assert_close(set_strength(model, strength)(x), wanted(x), rtol=0, atol=1e-6)
+    assert torch.equal(set_strength(model, 1)(x), trained)
+
+
+def test_biases_that_train_have_nothing_in_between() -> None:
+    model = shaken(add_adapter(nn.Sequential(nn.Linear(6, 6)), 2, ["0"]))
+    model[0].fixed_linear.bias.requires_grad_(True)
+    with pytest.raises(TargetError, match="whole tensors of '0'"):
+        set_strength(model, 0.5)
+    assert set_strength(model, 1) is model
