@@ -67,6 +67,12 @@ def fetch(hub: HubId, *, repo_type: str = "model") -> Path:
             return Path(hf_hub_download(hub.repo, hub.file, revision=hub.revision, repo_type=repo_type))
         return _fetch_cached(hub) if constants.HF_HUB_OFFLINE else _fetch_folder(hub, network)
     except LocalEntryNotFoundError as error:
+        beside = Path(hub.repo).parent
+        if repo_type == "model" and beside.is_dir():
+            raise CheckpointError(
+                f"there is no {Path(hub.repo).name} in the folder {beside}, and as a hub id it is not in the cache",
+                hint=f"look there: ls {beside}",
+            ) from error
         raise CheckpointError(
             f"{hub} is not in the hub cache and the hub cannot be reached",
             hint="unset HF_HUB_OFFLINE, check the network with `ortho doctor`, or give a local path",

@@ -71,7 +71,7 @@ StrengthOption = Annotated[
     typer.Option(
         "--strength",
         metavar="S|PATTERN=S",
-        help="0 is the base, 1 the adapter as trained; geodesic for rotations, else linear; repeatable.",
+        help="0 is the base, 1 the adapter as trained; of those that fit a layer the last counts, times ADAPTER=S.",
         rich_help_panel=METHOD,
     ),
 ]

@@ -92,3 +92,10 @@ def test_one_set_of_weights_is_fetched() -> None:
         "model_index.json", "unet/x.safetensors", "vae/x.fp16.safetensors"
     ]  # fmt: skip
     assert choose_files(["pytorch_model.bin", "README.md", "x.msgpack"]) == ["README.md", "pytorch_model.bin"]
+
+
+def test_a_mistyped_local_name_is_told_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "adapters").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="there is no nothere in the folder adapters"):
+        open_checkpoint("adapters/nothere")
