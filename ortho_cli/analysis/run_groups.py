@@ -25,6 +25,7 @@ SEED = "train.seed"
 # What makes no other experiment: the seed, and what a run may be resumed with.
 ALIKE = frozenset({SEED, "matrix", "version", *MAY_CHANGE})
 PLAIN = "plain"  # how a recipe without methods is called
+TRACKERS = frozenset({"track_conditioning", "track_stability"})  # which change nothing, and so name nothing
 MAX_LABEL = 40  # a longer one is no name
 
 
@@ -166,10 +167,16 @@ def _labels(rows: Sequence[dict[str, object]], members: Sequence[Sequence[Run]])
 
 def _label(row: dict[str, object]) -> str:
     """`hra, penalty=1e-5, gram_schmidt`: names and switches speak for themselves; what is off says nothing."""
-    names = [PLAIN if value == "none" else str(value) for key, value in row.items() if _is_name(key)]
+    names = [_treatment(str(value)) for key, value in row.items() if _is_name(key)]
     rest = {key: value for key, value in row.items() if not _is_name(key) and value is not False and value is not None}
     return ", ".join([*names, *(key if value is True else f"{key}={value_text(value)}"
                                 for key, value in _shortly(rest).items())])  # fmt: skip
+
+
+def _treatment(names: str) -> str:
+    """What is done to a model: its methods but those that only watch."""
+    kept = [name for name in names.split(", ") if name not in TRACKERS]
+    return PLAIN if kept in ([], ["none"]) else ", ".join(kept)
 
 
 def _shortly(row: dict[str, object]) -> dict[str, object]:

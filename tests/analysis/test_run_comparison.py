@@ -57,6 +57,16 @@ def test_labels_are_short_and_never_alike(tmp_path: Path) -> None:
     assert [group.label for group in group_runs([*made, long])] == ["run0", "run1", "run2", "long"]
 
 
+def test_what_only_watches_is_in_no_label(tmp_path: Path) -> None:
+    watch, slow = "{name: track_conditioning, targets: [layers.0]}", "{name: olr, targets: [layers.0]}"
+    nog = "{name: nog, targets: [layers.0]}"
+    methods = {"watched": [watch], "nog": [watch, nog], "both": [nog, watch, slow]}
+    made = [run(tmp_path / name, [0.5], f"methods=[{', '.join(each)}]") for name, each in methods.items()]
+    assert [group.label for group in group_runs(made)] == ["plain", "nog", "nog, olr"]
+    bare = run(tmp_path / "bare", [0.5])
+    assert len({group.label for group in group_runs([made[0], bare])}) == 2  # where it is all that differs, it is told
+
+
 def test_grouping_by_a_key_puts_all_else_together(runs: list[Run]) -> None:
     groups = group_runs(runs, ["methods"])
     assert [(group.label, len(group.runs)) for group in groups] == [("gor", 5), ("plain", 1)]
