@@ -107,6 +107,7 @@ class Linear(_Schedule):
     """Down to zero at the last step, in a straight line."""
 
     name: Literal["linear"] = Field(description="The schedule.")
+    hold: Share = Field(default=0.0, description="Share of the run, warm-up included, before it begins to fall.")
 
 
 class Cosine(_Schedule):

@@ -26,7 +26,7 @@ def build_schedule(config: Any, total: int, steps_per_epoch: int) -> Schedule:
     warmup = config.warmup or round((config.warmup_ratio or 0.0) * total)
     made = {
         "constant": lambda: constant(),
-        "linear": lambda: linear(total, warmup),
+        "linear": lambda: linear(total, warmup, config.hold),
         "cosine": lambda: cosine(total, warmup, config.floor, config.k_decay),
         "multistep": lambda: multistep([mark * steps_per_epoch for mark in config.at], config.factor),
         "inverse-sqrt": lambda: inverse_sqrt(warmup),
@@ -51,13 +51,16 @@ def constant() -> Schedule:
     return lambda step: 1.0
 
 
-def linear(total: int, warmup: int = 0) -> Schedule:
-    """From 1 at the end of warm-up to 0 at `total`; 1 to the end where warm-up lasts as long.
+def linear(total: int, warmup: int = 0, hold: float = 0.0) -> Schedule:
+    """From 1 at the end of warm-up, or after `hold` of the run, to 0 at `total`; 1 to the end where that lasts as long.
 
     >>> [linear(4, 2)(step) for step in range(5)], linear(2, 3)(1)
     ([1.0, 1.0, 1.0, 0.5, 0.0], 1.0)
+    >>> [linear(4, hold=0.5)(step) for step in range(5)]
+    [1.0, 1.0, 1.0, 0.5, 0.0]
     """
-    return lambda step: 1.0 if step < warmup else max(0.0, (total - step) / max(1, total - warmup))
+    start = max(warmup, round(hold * total))
+    return lambda step: 1.0 if step < start else max(0.0, (total - step) / max(1, total - start))
 
 
 def cosine(total: int, warmup: int = 0, floor: float = 0.0, k_decay: float = 1.0) -> Schedule:

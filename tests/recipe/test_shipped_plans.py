@@ -44,6 +44,10 @@ COUNTS = {
     "cifar10-resnet18-whiten-nog-olr-soc": (11_173_962, 11_173_962 + SOC),
     "cifar100-resnet50-whiten": (23_705_252, 23_705_252),
     "cifar100-resnet50-whiten-nog-olr-soc": (23_705_252, 23_705_252 + SOC),
+    "ffhq-eigengan-nog": (22_994_951 + 13_635_601,) * 2,
+    "animeface-eigengan-nog": (10_262_529 + 8_915_985,) * 2,
+    "celeba-gan128-nog": (28_416_579 + 27_927_361,) * 2,
+    "lsun-church-gan128-nog": (28_416_579 + 27_927_361,) * 2,
     "cifar10-resnet110-gor": (1_795_064, 1_795_064),  # the paper's model with its head of 1000 outputs
 }
 

@@ -99,8 +99,8 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
     "muon": {"momentum": 0.95, "weight_decay": 0.1},
 }
 SCHEDULES: dict[str, dict[str, Any]] = {
-    "constant": {}, "linear": {}, "cosine": {"floor": 0.0, "k_decay": 1.0}, "multistep": {"at": [1], "factor": 0.1},
-    "inverse-sqrt": {}, "one-cycle": {},
+    "constant": {}, "linear": {"hold": 0.0}, "cosine": {"floor": 0.0, "k_decay": 1.0},
+    "multistep": {"at": [1], "factor": 0.1}, "inverse-sqrt": {}, "one-cycle": {},
 }  # fmt: skip
 TRAIN = {
     "epochs": 2, "steps": None, "seed": 0, "precision": "fp32", "accumulate": 1, "clip": None, "ema": None,
