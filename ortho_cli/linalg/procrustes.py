@@ -64,7 +64,8 @@ def extract_rotation(weight: Tensor, change: Tensor, reflections: int) -> LowRan
 
     The leading right singular vectors of the change span twice what is asked for; Procrustes' problem is solved there,
     the planes that move the weight most are kept, and it is solved once more within them. Where float32 products could
-    not see the last of the directions beside the first, those of what is left of the change are searched as well.
+    not see the last of the directions beside the first, those of what is left of the change are searched as well; where
+    there are fewer outputs than reflections, those of the weight.
 
     Args:
         weight: `W_0 (out, in)`, any plain float type.
@@ -100,6 +101,8 @@ def extract_rotation(weight: Tensor, change: Tensor, reflections: int) -> LowRan
         nothing = start.new_zeros(start.shape[1], 0, dtype=torch.float64)
         return LowRankRotation(nothing, nothing[:0], dtype=start.dtype)
     span, resolved = _leading_rows(moved, SEARCHED * reflections, reflections)
+    if span.shape[1] < reflections:
+        span = _filled_up(span, start, reflections)
     seen = _Seen.of(start, moved, span)
     if not resolved:
         left = torch.addmm(moved, seen.before @ seen.turn().to(start.dtype), span.T.to(start.dtype), alpha=-1)
@@ -137,6 +140,16 @@ class _Seen(NamedTuple):
         order = ((planes.angles / 2).sin() * moved).argsort(descending=True, stable=True)
         basis: Tensor = torch.linalg.qr(columns[:, order[:count]].flatten(1)).Q
         return basis
+
+
+def _filled_up(span: Tensor, weight: Tensor, reflections: int) -> Tensor:
+    """The span of a change, and directions of the weight: what one row turns in is a plane, what it changes by a line.
+
+    Any directions would do for a rotation with this change; the weight's own give the one of the smallest angles.
+    """
+    rows = weight.double()
+    rows = (rows - (rows @ span) @ span.T) / (torch.linalg.vector_norm(rows) or 1)
+    return torch.cat([span, orthonormal_basis(rows.T)[0][:, : reflections - span.shape[1]]], dim=1)
 
 
 def _leading_rows(matrix: Tensor, rank: int, needed: int) -> tuple[Tensor, bool]:

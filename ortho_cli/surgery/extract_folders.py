@@ -61,7 +61,7 @@ def found_parts(pair: LayerPair, result: Extracted) -> Parts:
 
 
 def extracted_folders(
-    parts: Mapping[str, Parts], kind: str, base: Checkpoint, metadata: dict[str, str]
+    parts: Mapping[str, Parts], kind: str, base: Checkpoint, tuned: Checkpoint, metadata: dict[str, str]
 ) -> AdapterFiles:
     """Lay out the folder, or for both kinds its two.
 
@@ -70,6 +70,7 @@ def extracted_folders(
         kind: of `extract_layers.KINDS`.
         base: whose names and fingerprint they carry. That of both folders is the base's own: they are merged in one
             go, and the residual is right behind that rotation only.
+        tuned: by whose fingerprint the two parts know each other; `fit.check_residuals` reads it.
         metadata: of every file.
 
     Raises:
@@ -78,15 +79,17 @@ def extracted_folders(
     """
     result = AdapterFiles()
     both = kind == "both"
+    layers = [part.pair.weights.tuned.name.removesuffix(".weight") for part in parts.values()]
+    pair = {"tuned": base_fingerprint(tuned, layers)} if both else {}
     if kind != "lora":
         turned = {name: part for name, part in parts.items() if part.vectors is not None}
         rank = _common_rank(turned)
-        method: dict[str, Any] = {"name": "hra", "rank": rank, "apply_GS": False}
+        method: dict[str, Any] = {"name": "hra", "rank": rank, "apply_GS": False, **pair}
         vectors = {part.pair.layer.canonical: part.vectors for part in turned.values() if part.vectors is not None}
         written = hra_folder(vectors, base, _marked(metadata, method, base, turned))
         _add(result, written, ROTATION if both else "")
     if kind != "hra":
-        method = {"name": "lora", **({"form": "residual", "base_bound": True} if both else {})}
+        method = {"name": "lora", **({"form": "residual", "base_bound": True} if both else {}), **pair}
         transposed = {part.pair.layer.view.kind == "conv1d" for part in parts.values()}
         if len(transposed) > 1:
             raise TargetError(

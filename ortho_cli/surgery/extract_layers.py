@@ -106,7 +106,7 @@ class ExtractWork:
             reflections = self.ranks[name]
         else:
             rank = energy_rank(singular_values(change), self.energy)
-            reflections = max(2, min(rank + rank % 2, min(change.shape) // 2 * 2))
+            reflections = max(2, min(rank + rank % 2, change.shape[1] // 2 * 2))
         found = extract_rotation(weight, change, reflections)
         planes = found.planes()
         return found.reflections(planes).float(), float(planes.angles[0]) if len(planes.angles) else 0.0

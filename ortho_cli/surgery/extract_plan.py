@@ -114,7 +114,7 @@ class Extraction:
 
     def _lay_out(self, plan: Plan, parts: Mapping[str, Parts]) -> None:
         """Make the folders of these parts what the plan writes."""
-        written = extracted_folders(parts, self.work.kind, self.base, self.metadata)
+        written = extracted_folders(parts, self.work.kind, self.base, self.tuned, self.metadata)
         plan.files, plan.texts = written.files, written.texts
         plan.layers, plan.parameters = len(parts), sum(part.parameters for part in parts.values())
         plan.notes = list(dict.fromkeys([*self._notes(), *written.notes]))
@@ -141,7 +141,7 @@ class Extraction:
         turning = self.work.kind != "lora"
         unmoved = [name for name, part in parts.items() if part.vectors is None and not self.work.pairs[name].still]
         if turning and unmoved:
-            yield f"{len(unmoved)} layers changed as no rotation could, first {unmoved[0]}"
+            yield f"{len(unmoved)} layers changed in no way that a rotation was found for, first {unmoved[0]}"
 
     def _advice(self, share: float) -> Iterator[str]:
         if share < LITTLE:

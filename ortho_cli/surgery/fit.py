@@ -14,7 +14,15 @@ from ortho_cli.errors import CheckpointError, TargetError
 
 from .hra_repo import has_hra
 
-__all__ = ["check_base", "check_floats", "check_tensors", "input_files", "open_all", "refuse_adapter"]
+__all__ = [
+    "check_base",
+    "check_floats",
+    "check_residuals",
+    "check_tensors",
+    "input_files",
+    "open_all",
+    "refuse_adapter",
+]
 
 
 def open_all(base: str | Path, adapters: Sequence[str | Path]) -> tuple[Checkpoint, list[Adapter]]:
@@ -97,6 +105,34 @@ def check_base(
         f"{adapter.path.name} was made for another base"
         + (" (forced)" if bound else "; a rotation and an ordinary LoRA act on any fine-tune of it")
     )
+
+
+def check_residuals(adapters: Sequence[Adapter], force: bool, note: Callable[[str], None]) -> None:
+    """Refuse what `extract --kind both` found beside a rotation, unless that rotation acts directly before it.
+
+    Args:
+        adapters: in the order in which they act.
+        force: accept it alone (this turns the error into a note).
+        note: receives what the report should say.
+
+    Raises:
+        CheckpointError: with the order that is right.
+    """
+    for before, adapter in zip((None, *adapters), adapters, strict=False):
+        wanted = adapter.method.get("tuned") if adapter.method.get("form") == "residual" else None
+        rotation = before.method if before is not None else {}
+        if wanted is None or (rotation.get("name") == "hra" and rotation.get("tuned") == wanted):
+            continue  # what `factorize` leaves is right on its own base, without a rotation
+        reason = (
+            f"{adapter.path.name} is what a rotation leaves, and the rotation it was extracted with is not before it"
+        )
+        if not force:
+            raise CheckpointError(
+                reason,
+                hint="ortho merge BASE ADAPTER/rotation ADAPTER/residual -o OUT, or accept the error with --force",
+                where=str(adapter.path),
+            )
+        note(f"{reason} (forced)")
 
 
 def check_tensors(

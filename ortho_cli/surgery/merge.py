@@ -21,7 +21,7 @@ from ortho_cli.checkpoints.writer import Piece, computed, copied
 from ortho_cli.errors import TargetError, UsageError, check_choice
 
 from .changes import Changes, changes_of, taken_whole
-from .fit import input_files, open_all
+from .fit import check_residuals, input_files, open_all
 from .fold import Fold, Operate, Replace, ReplaceRows, Step, cast_blocks
 from .hra_repo import has_hra, plain_names
 from .mirror import mirror, parse_size
@@ -63,7 +63,7 @@ def merge(
         dtype: ``keep``, ``fp16``, ``bf16`` or ``fp32`` for every float tensor of the output.
         max_shard_size: split the output anew, e.g. ``5GB``.
         keep_undo: write a file from which `unmerge` restores the base byte for byte.
-        force: overwrite, and merge a base-bound adapter into another base.
+        force: overwrite, and merge a base-bound adapter into another base, a residual without its rotation.
         dry_run: plan only.
         progress: told of every byte.
 
@@ -72,7 +72,8 @@ def merge(
 
     Raises:
         TargetError: the base holds factors; an adapter that has no strength but 0 and 1 (an odd number of reflections).
-        CheckpointError: an adapter's layer is not in the base, has another shape, or is bound to another base.
+        CheckpointError: an adapter's layer is not in the base, has another shape, or is bound to another base; a
+            residual without the rotation that it was extracted with directly before it.
         NumericsError: a merged weight is not finite.
         OutputError: see `plan.run`.
 
@@ -115,6 +116,7 @@ def plan_merge(
         raise UsageError(f"no adapter given, and {base.root.name} holds none", hint="ortho merge BASE ADAPTER -o OUT")
     folded = [adapter_of(base)] if own else list(adapters)
     changes = changes_of(base, folded, strengths, force_base=force_base)
+    check_residuals(folded, force_base, changes.notes.append)
     cast = DTYPES[dtype]
     renamed = plain_names(base) if own else {}
     options: dict[str, object] = {

@@ -93,6 +93,23 @@ class TestExactRecovery:
         found = extract_rotation(start, end - start, rank)
         assert relative(found.apply(start), end) < 1e-9
 
+    @quick
+    @given(st.integers(1, 7), st.integers(8, 24), st.integers(1, 4), seeds)
+    def test_of_fewer_outputs_than_reflections(self, rows: int, cols: int, planes: int, seed: int) -> None:
+        """Of one row the change shows one direction of the plane it turns in."""
+        start = draw(rows, cols, seed=seed)
+        end = Householder(draw(cols, 2 * planes, seed=seed + 1)).apply(start)
+        found = extract_rotation(start, end - start, 2 * planes)
+        assert found.rank <= 2 * planes
+        assert relative(found.apply(start), end) < 1e-7
+
+    def test_of_one_row_the_angle_is_the_smallest(self) -> None:
+        start = torch.eye(64, dtype=torch.float64)[:1]
+        end = start.roll(3, dims=1)
+        assert extract_rotation(start, end - start, 8).angles().tolist() == pytest.approx([torch.pi / 2])
+        still = extract_rotation(start, start, 8)  # twice as long: nothing turned
+        assert still.reflections().shape[1] == 0
+
     def test_of_the_golden_adapter(self) -> None:
         start = draw(20, 12)
         found = extract_rotation(start, Householder(golden(12, 4, 0)).apply(start) - start, 4)

@@ -14,7 +14,9 @@ from tuned_models import LAYERS, model, noisy, save, shifted, turned
 from ortho_cli.checkpoints.adapters import base_bound, read_adapter
 from ortho_cli.checkpoints.layouts import canonical_shape, to_canonical
 from ortho_cli.errors import CheckpointError
+from ortho_cli.linalg import Householder
 from ortho_cli.surgery.add_hra import add_hra
+from ortho_cli.surgery.convert import convert
 from ortho_cli.surgery.diff import diff
 from ortho_cli.surgery.extract import extract
 from ortho_cli.surgery.inspect import inspect
@@ -167,6 +169,18 @@ class TestRotation:
         (advice,) = (note for note in report.notes if "explains" in note)
         assert "--kind both" in advice
 
+    @pytest.mark.parametrize("rule", [{"rank": 4}, {"energy": 1 - 1e-9}])
+    def test_layers_of_few_outputs_are_recovered(self, tmp_path: Path, rule: dict[str, Any]) -> None:
+        torch.manual_seed(0)
+        start = {f"head{rows}.weight": torch.randn(rows, 64) for rows in (1, 2, 3)}
+        end = {name: Householder(torch.randn(64, 2).double()).apply(t.double()).float() for name, t in start.items()}
+        base = save(tmp_path / "base.safetensors", start)
+        report = extract(base, save(tmp_path / "tuned.safetensors", end), tmp_path / "found", **rule)
+        assert not any("in no way" in note for note in report.notes)
+        assert report.totals["explained_by_rotation"] > 1 - 1e-9
+        again = merged(base, tmp_path / "found")
+        assert max(relative_error(again[name], end[name]) for name in end) < 1e-6
+
     def test_a_layer_that_no_rotation_explains_is_named(self, tmp_path: Path) -> None:
         tensors = model()
         tensors["block.to_q.weight"] = torch.zeros(24, 20)
@@ -174,7 +188,7 @@ class TestRotation:
         tuned["block.to_q.weight"] = torch.ones(24, 20)
         base = save(tmp_path / "base.safetensors", tensors)
         report = extract(base, save(tmp_path / "tuned.safetensors", tuned), tmp_path / "found", rank=4)
-        assert "1 layers changed as no rotation could, first block.to_q" in report.notes
+        assert "1 layers changed in no way that a rotation was found for, first block.to_q" in report.notes
         assert detail(report, "block.to_q")["explained_by_rotation"] == 0
         assert list(read_adapter(tmp_path / "found").layers) == ["block.out"]
 
@@ -255,6 +269,27 @@ class TestBoth:
         other = save(tmp_path / "other.safetensors", model(1))
         with pytest.raises(CheckpointError, match="only right on the base it was made for"):
             merge(other, [tmp_path / "found" / "rotation", residual.path], tmp_path / "x.safetensors")
+
+    def test_the_residual_wants_its_rotation_directly_before_it(self, base: Path, tmp_path: Path) -> None:
+        """`W D + R` is right, `(W + R) D` and `W + R` are not, though the fingerprint is the base's."""
+        tuned = turned(model())
+        for name, seed in (("found", 0.05), ("other", 0.1)):
+            path = save(tmp_path / f"{name}.safetensors", noisy(tuned, seed))
+            extract(base, path, tmp_path / name, kind="both")
+        rotation, residual = tmp_path / "found" / "rotation", tmp_path / "found" / "residual"
+        other, out = tmp_path / "other" / "rotation", tmp_path / "x.safetensors"
+        convert(residual, tmp_path / "weak", strength=0.5)
+        for adapters in ([residual], [residual, rotation], [other, residual], [rotation, other, residual],
+                         [tmp_path / "weak"]):  # fmt: skip
+            with pytest.raises(CheckpointError, match="is what a rotation leaves") as caught:
+                merge(base, adapters, out)
+            assert caught.value.exit_code == 4 and not out.exists()
+        convert(rotation, tmp_path / "half", strength=0.5)
+        for adapters in ([rotation, residual], [other, rotation, residual], [rotation, tmp_path / "weak"],
+                         [tmp_path / "half", residual]):  # fmt: skip
+            assert merge(base, adapters, out, force=True).notes == []
+        report = merge(base, [residual], out, force=True)
+        assert any("(forced)" in note for note in report.notes)
 
     def test_layers_that_cannot_turn_are_sums(self, tmp_path: Path) -> None:
         torch.manual_seed(0)
