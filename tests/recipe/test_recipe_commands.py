@@ -99,7 +99,8 @@ def test_check_covers_training_recipes(here: Path) -> None:
     (here / "a.yaml").write_text("version: 1\ntask: {name: clasify}\n", encoding="utf-8")
     error, stdout = failure("check", "quickstart", "a.yaml")
     assert stdout == "ok: quickstart\n"
-    assert "a.yaml:2: task.name: 'clasify' is none of classify, forecast, gan; did you mean 'classify'?" in error.message
+    expected = "a.yaml:2: task.name: 'clasify' is none of classify, forecast, gan; did you mean 'classify'?"
+    assert expected in error.message
     assert error.hint == "all keys: ortho recipe schema --verb train"
 
 

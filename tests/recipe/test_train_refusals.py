@@ -13,11 +13,14 @@ from ortho_cli.registry import TABLES
 
 CASES: list[tuple[dict[str, str], str]] = [
     # names
-    ({"task": "{name: clasify}"}, "2: task.name: 'clasify' is none of classify, forecast, gan; did you mean 'classify'?"),
+    (
+        {"task": "{name: clasify}"},
+        "2: task.name: 'clasify' is none of classify, forecast, gan; did you mean 'classify'?",
+    ),
     ({"task": "{}"}, "2: task.name: missing; one of classify, forecast, gan"),
     (
-        {"model": "{name: resnet18}"},
-        f"3: model.name: 'resnet18' is none of {', '.join(sorted(TABLES['models']))}; did you mean 'resnet110'?",
+        {"model": "{name: resnet19}"},
+        f"3: model.name: 'resnet19' is none of {', '.join(sorted(TABLES['models']))}; did you mean 'resnet110'?",
     ),
     ({"data": "{name: cifar}"}, "4: data.name: 'cifar' is none of cifar10, cifar100, digits, eeg, etth1, etth2, ettm1,"
      " ettm2, image-folder, imagenet, mnist, series-csv, tiny-imagenet; did you mean 'cifar10'?"),
