@@ -20,7 +20,7 @@ CASES: list[tuple[dict[str, str], str]] = [
     ({"task": "{}"}, "2: task.name: missing; one of classify, forecast, gan"),
     (
         {"model": "{name: resnet19}"},
-        f"3: model.name: 'resnet19' is none of {', '.join(sorted(TABLES['models']))}; did you mean 'resnet110'?",
+        f"3: model.name: 'resnet19' is none of {', '.join(sorted(TABLES['models']))}; did you mean 'resnet18'?",
     ),
     ({"data": "{name: cifar}"}, "4: data.name: 'cifar' is none of cifar10, cifar100, digits, eeg, etth1, etth2, ettm1,"
      " ettm2, image-folder, imagenet, mnist, series-csv, tiny-imagenet; did you mean 'cifar10'?"),
