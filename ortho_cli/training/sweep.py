@@ -21,7 +21,7 @@ from ortho_cli.recipe.train import TrainRecipe, load_train
 from .log import read_lines
 from .processes import leave
 from .run import Interrupted, Outcome, train
-from .run_folder import RECIPE
+from .run_folder import RECIPE, best_or_last
 from .sweep_report import write_report
 from .sweep_space import Param, check_space, parse_params, trial_recipe
 from .sweep_study import (
@@ -139,16 +139,18 @@ def run_sweep(
             if len(failed) >= FAILURES and not _count(study, "complete"):
                 raise NumericsError(f"{len(failed)} trials failed and none was complete; the last: {failed[-1].reason}")
     except (Interrupted, KeyboardInterrupt) as stop:
-        if objective.current is None:
+        if not objective.begun:
             raise
-        queue_again(study, study.get_trials(deepcopy=False)[objective.current])
+        queue_again(study, study.get_trials(deepcopy=False)[objective.begun[-1]])
         raise Interrupted(
             f"stopped after {_count(study, *FINISHED)} of {sweep.trials} trials; the one under way has saved its state",
             hint="go on with the same command",
         ) from stop
-    except UsageError:  # what was asked for cannot be judged: nothing worth keeping was begun
-        if not _count(study, *FINISHED):
+    except UsageError:  # what was asked for cannot be judged, or this machine lacks a library
+        if not any(_keeps(record, sweep, objective.begun) for record in records(study)):
             forget(study, sweep.folder)
+        elif objective.begun:
+            queue_again(study, study.get_trials(deepcopy=False)[objective.begun[-1]])
         raise
     finally:
         leave()
@@ -162,18 +164,25 @@ def _count(study: optuna.Study, *states: str) -> int:
     return sum(record.state in states for record in records(study))
 
 
+def _keeps(record: TrialRecord, sweep: Sweep, begun: Sequence[int]) -> bool:
+    """Whether a trial is worth its study: another call's, or finished, or with a state to go on from."""
+    folder = sweep.folder / record.folder
+    return record.number not in begun or record.state in FINISHED or best_or_last(folder) is not None
+
+
 class _Objective:
-    """What Optuna calls for each trial; `current` is the one it was called for last."""
+    """What Optuna calls for each trial; `begun` are those that it was called for, the last one at the end."""
 
     def __init__(self, sweep: Sweep, observe: Callable[[str], AbstractContextManager[Any]]) -> None:
         self.sweep, self.observe = sweep, observe
-        self.current: int | None = None
+        self.begun: list[int] = []
 
     def __call__(self, trial: optuna.Trial) -> float:
         """One trial: its value; pruned where the others are better, failed where these values do not train."""
         import optuna
 
-        sweep, self.current = self.sweep, trial.number
+        sweep = self.sweep
+        self.begun.append(trial.number)
         name = str(trial.user_attrs.get(FOLDER, f"trial-{trial.number:04d}"))
         folder = sweep.folder / name
         resumes = FOLDER in trial.user_attrs and (folder / RECIPE).is_file()
@@ -186,10 +195,10 @@ class _Objective:
                 if resumes:
                     watch.repeat(folder)
                 outcome = train(recipe, resume=resumes, force=not resumes, observer=watch, name=name)
+            return _value(outcome, recipe, sweep.metric)
         except (NumericsError, TargetError, RecipeError) as error:
             trial.set_user_attr(REASON, error.message)
             raise optuna.TrialPruned(error.message) from error
-        return _value(outcome, recipe, sweep.metric)
 
 
 class _Watch:
@@ -200,8 +209,9 @@ class _Watch:
         self._reported: set[int] = set()
 
     def repeat(self, folder: Path) -> None:
-        """Report what an earlier call evaluated in this folder."""
-        for line in read_lines(folder / "metrics.jsonl"):
+        """Report what an earlier call evaluated in this folder; it may have died before it wrote a line."""
+        path = folder / "metrics.jsonl"
+        for line in read_lines(path) if path.is_file() else ():
             if line.get(self._metric) is not None:
                 self._report(line["step"], line[self._metric])
 
@@ -253,9 +263,12 @@ def _value(outcome: Outcome, recipe: TrainRecipe, metric: str) -> float:
 
     Raises:
         UsageError: there was none.
+        NumericsError: it is not finite.
     """
     best = recipe.run.best
     found = outcome.best if best is not None and best.metric == metric else outcome.metrics.get(metric)
+    if found is None and metric in outcome.metrics:
+        raise NumericsError(f"{metric} is not finite at step {outcome.step}")
     if found is None:
         known = sorted(name for name in outcome.metrics if name.startswith("eval/"))
         raise UsageError(f"--metric {metric} is not evaluated", hint=f"one of {', '.join(known)}" if known else None)

@@ -18,8 +18,9 @@ from typer.testing import CliRunner
 from ortho_cli.cli.app import app
 from ortho_cli.errors import NumericsError, OutputError, RecipeError, UsageError
 from ortho_cli.recipe.train import load_train
+from ortho_cli.training import sweep as sweep_module
 from ortho_cli.training import sweep_study
-from ortho_cli.training.run import Interrupted
+from ortho_cli.training.run import Interrupted, Outcome
 from ortho_cli.training.sweep import Sweep, _Watch, plan_sweep, run_sweep
 from ortho_cli.training.sweep_space import check_space, parse_params
 from ortho_cli.training.sweep_study import TrialRecord, open_study, records, shown_storage
@@ -167,6 +168,61 @@ def test_a_trial_whose_process_died_is_taken_up(tmp_path: Path, monkeypatch: pyt
     found, _ = run_sweep(sweep)
     assert [trial.state for trial in found] == ["interrupted", "complete", "complete"]
     assert found[1].params["optimizer.lr"] == lost and found[1].folder == "trial-0000"
+
+
+def lacking(*words: Any, **options: Any) -> Outcome:
+    """A run on a machine without a library of the model."""
+    raise UsageError("models of timm need timm", hint="pip install timm")
+
+
+def test_a_machine_that_lacks_a_library_leaves_other_calls_trials(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    whole, _ = run_sweep(planned(tmp_path / "whole", trials=1))
+    sweep = planned(tmp_path / "s", trials=1)
+    with pytest.raises(Interrupted):
+        run_sweep(sweep, observe=interrupting("trial-0000"))
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            patch.setattr(sweep_module, "train", lacking)
+            with pytest.raises(UsageError, match="need timm"):
+                run_sweep(sweep)
+        assert list((tmp_path / "s" / "trial-0000" / "checkpoints").glob("step-*"))
+    found, _ = run_sweep(sweep)
+    assert [trial.state for trial in found] == ["interrupted"] * 3 + ["complete"]
+    assert (found[3].folder, found[3].value) == ("trial-0000", whole[0].value)
+
+
+def test_a_refusal_leaves_a_trial_that_another_machine_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sweep = planned(tmp_path / "s", trials=2)
+    study = open_study(sweep.recipe, sweep.params, sweep.metric, sweep.direction, "random", None)
+    with pytest.warns(UserWarning, match="Heartbeat"):  # the other machine's
+        other = study.ask()
+    other.set_user_attr("folder", "trial-0000")
+    (tmp_path / "s" / "trial-0000").mkdir()
+    monkeypatch.setattr(sweep_module, "train", lacking)
+    with pytest.raises(UsageError, match="need timm"):
+        run_sweep(sweep)
+    assert (tmp_path / "s" / "trial-0000").is_dir() and records(study)[0].state == "running"
+    with pytest.raises(UsageError, match="need timm"):
+        run_sweep(planned(tmp_path / "own"))
+    assert [path.name for path in (tmp_path / "own").iterdir()] == ["study.db"]  # what only this call began goes
+
+
+def test_a_trial_that_died_before_its_first_line_is_taken_up(tmp_path: Path) -> None:
+    study = optuna.create_study(direction="maximize")
+    watch = _Watch(None, study.ask(), "eval/accuracy")
+    watch.repeat(tmp_path)
+    assert not study.trials[0].intermediate_values
+
+
+def test_an_evaluation_that_is_not_finite_is_a_failed_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def diverged(recipe: Any, **options: Any) -> Outcome:
+        return Outcome("", recipe.run.dir, 6, {"eval/accuracy": None}, 1, 1, 1.0)
+
+    monkeypatch.setattr(sweep_module, "train", diverged)
+    with pytest.raises(NumericsError, match=r"3 trials failed.*eval/accuracy is not finite at step 6"):
+        run_sweep(planned(tmp_path / "s", trials=5))
 
 
 def test_a_trial_worse_than_the_median_is_pruned() -> None:
