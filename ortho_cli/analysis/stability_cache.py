@@ -1,6 +1,6 @@
 """What was measured before, by file and tensor: an interrupted or a longer series goes on where it was.
 
-A row is one layer of one pair of checkpoints. Its key holds the files (path, size, time of change), the tensors' places
+A row is one layer of one pair of checkpoints. Its key holds the files (path, size, times), the tensors' places
 in them, and every option that the numbers depend on; steps and names of checkpoints are not part of it. SQLite keeps
 rows whole when a run is killed, and lets several runs write.
 """
@@ -16,8 +16,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ortho_cli.checkpoints.reading import open_input
 from ortho_cli.checkpoints.series import Entry
 from ortho_cli.checkpoints.series_layers import SeriesLayer
+from ortho_cli.checkpoints.tensors import Stamp, TensorInfo
 from ortho_cli.errors import OutputError
 
 if TYPE_CHECKING:
@@ -49,7 +51,7 @@ class ResultCache:
 
     def __init__(self, folder: Path, options: Mapping[str, object]) -> None:
         self._options = dict(options)
-        self._identities: dict[tuple[Path, int], list[object]] = {}
+        self._identities: dict[tuple[Path, Stamp | None], list[object]] = {}
         try:
             folder.mkdir(parents=True, exist_ok=True)
             self._rows = sqlite3.connect(folder / FILE, timeout=60)
@@ -100,12 +102,24 @@ class ResultCache:
         stored = layer.stored[place]
         assert stored is not None
         view = None if stored.view is None else [stored.view.kind, *stored.view.matrix_shape]
-        parts = [[*self._file(part.path, part.stamp), part.offset, part.dtype, part.shape] for part in stored.parts]
+        parts = [[*self._file(part), part.offset, part.dtype, part.shape] for part in stored.parts]
         return [view, *parts]
 
-    def _file(self, path: Path, stamp: tuple[int, ...] | None) -> list[object]:
-        """By what a file is known: place, size and time of change; on the hub the name alone, which has the commit."""
-        key = (path, 0 if stamp is None else stamp[-1])
+    def _file(self, part: TensorInfo) -> list[object]:
+        """By what a file is known: place, size and times; on the hub the name alone, which has the commit.
+
+        The time of modification can be set, as copies that keep it do; that of change cannot.
+
+        Raises:
+            CheckpointError: the file is gone, or is not the one whose header was read.
+        """
+        key = (part.path, part.stamp)
         if key not in self._identities:
-            self._identities[key] = [str(path)] if stamp is None else [str(path.resolve()), *stamp[2:]]
+            if part.stamp is None:
+                self._identities[key] = [str(part.path)]
+            else:
+                descriptor = open_input(part)
+                changed = os.fstat(descriptor).st_ctime_ns
+                os.close(descriptor)
+                self._identities[key] = [str(part.path.resolve()), *part.stamp[2:], changed]
         return self._identities[key]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import math
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -186,6 +187,21 @@ def test_the_cache_goes_on_where_it_was(series: Path, tmp_path: Path, save: Save
     replaced, changed = measure()
     assert changed == pytest.approx(2 / 5 * whole) and replaced != first
     assert measure(split_qkv=True)[1] == whole  # other options, other results
+
+
+def test_a_file_replaced_with_its_size_and_time_is_measured_anew(series: Path, tmp_path: Path, save: Save) -> None:
+    first = plan_stability([str(series)]).measure(cache=tmp_path / "cache")
+    file = series / "step-0.safetensors"
+    before = file.stat()
+    save(file, moving(6)[5])
+    os.utime(file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (file.stat().st_size, file.stat().st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    plan = plan_stability([str(series)])
+    found = plan.measure(cache=tmp_path / "cache")
+    assert found == plan.measure() and found != first
+    file.unlink()
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        plan.measure(cache=tmp_path / "cache")
 
 
 def test_an_interrupted_run_keeps_its_layers(
