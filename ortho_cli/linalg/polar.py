@@ -2,14 +2,14 @@ r"""The nearest matrix with orthonormal columns: the polar factor `P` of `A = P 
 
 With the thin SVD `A = U S V^T` it is `P = U V^T`: unique where A has full column rank, blind to the scale of A, and
 free of the signs and the order that U and V have. What A does not resolve (singular values below `RESOLVED` of the
-largest) is left out, and P is a partial isometry: an isometry of a smaller space, as unique as before, where completing
-it would make up directions that are not in A.
+largest, or below the rounding of a half type) is left out, and P is a partial isometry: an isometry of a smaller space,
+as unique as before, where completing it would make up directions that are not in A.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from math import isfinite
+from dataclasses import dataclass, replace
+from math import frexp, isfinite, ldexp, sqrt
 from typing import NamedTuple
 
 import torch
@@ -18,9 +18,13 @@ from torch import Tensor
 from ortho_cli.errors import NumericsError, TargetError, check_choice
 from ortho_cli.linalg.polar_express import POLISHED, isometry_defect, polar_express
 from ortho_cli.linalg.precision import at_least_float32
+from ortho_cli.linalg.spectral import frobenius_norm
 from ortho_cli.linalg.subspace_iteration import gram
 
-__all__ = ["METHODS", "RESOLVED", "Polar", "RightSpectrum", "isometry", "polar_factor", "right_spectrum", "tall_matrix"]
+__all__ = [
+    "METHODS", "RESOLVED", "Polar", "RightSpectrum", "Tall", "isometry", "polar_factor", "right_spectrum",
+    "tall_at_unit_scale", "tall_matrix",
+]  # fmt: skip
 
 METHODS = ("auto", "svd", "gram", "polar-express")
 # Up to a condition of 1e5 (and a little, for rounding) the float64 Gram matrix gives the factor of a float32 weight to
@@ -36,6 +40,7 @@ ITERATED = 1e-3
 # From this side on there is time to be saved: on an accelerator by products instead of an eigenproblem, on a CPU by
 # float32.
 LARGE_SIDE = 128
+SMALL = 1e-9  # from here to its inverse the squares of the largest entries are far from the ends of float32
 ROW_ENTRIES = 2**21  # rows taken at a time, so that no copy of the whole in float64 is made
 
 
@@ -60,21 +65,29 @@ class Polar:
     rank: int
 
 
+class Tall(NamedTuple):
+    """`matrix * scale` is a weight or its transpose; singular values up to `rounding` of `matrix` may be rounding."""
+
+    matrix: Tensor
+    scale: float
+    rounding: float
+
+
 class RightSpectrum(NamedTuple):
     """`values (n,)`, descending, and right singular `vectors (n, n)` of a tall matrix, and its `squared` `A^T A`.
 
-    All are float64, or float32 for a float32 matrix of mild condition.
+    All are float64, or float32 for a float32 matrix of mild condition. Values up to `rounding` are not resolved.
     """
 
     values: Tensor
     vectors: Tensor
     squared: Tensor
+    rounding: float = 0.0
 
     @property
     def rank(self) -> int:
-        """Singular values above `RESOLVED` of the largest."""
-        values = self.values.tolist()
-        return sum(value > RESOLVED * values[0] for value in values)
+        """Singular values that are resolved."""
+        return _resolved(self.values, self.rounding)
 
     def within(self, condition: float) -> bool:
         """Whether the condition is at most this."""
@@ -82,14 +95,15 @@ class RightSpectrum(NamedTuple):
         return smallest * condition >= largest > 0
 
 
-def polar_factor(matrix: Tensor, *, method: str = "auto") -> Polar:
+def polar_factor(matrix: Tensor, *, method: str = "auto", stored: torch.dtype | None = None) -> Polar:
     """Find the nearest matrix with orthonormal columns: keep the directions of a weight, drop its strengths.
 
     Args:
         matrix: `(m, n)`, any plain float type; half types are computed in float32.
         method: "svd" in float64; "gram", the eigenvectors of `A^T A` in the precision it needs, faster;
             "polar-express", matrix products only, for accelerators; "auto": on an accelerator products where the matrix
-            is large and its condition below 1e3, else "gram".
+            is large and its condition below 1e3, else "gram". "polar-express" completes what the others leave out.
+        stored: the type whose rounding the values have, where that is coarser than the matrix's own.
 
     Raises:
         TargetError: no matrix, or an empty one.
@@ -105,23 +119,63 @@ def polar_factor(matrix: Tensor, *, method: str = "auto") -> Polar:
     ([[1.0, 0.0], [0.0, -1.0], [0.0, 0.0]], 3.0, 2)
     """
     check_choice("method", method, METHODS)
-    tall = tall_matrix(matrix)
+    tall, scale, rounding = tall_at_unit_scale(matrix, stored)
     if method == "polar-express" or (method == "auto" and _prefers_products(tall)):
         made = _iterated(tall)
-        if method == "polar-express" or _is_exact(made):
-            return _like(made, matrix)
-    spectrum = None if method == "svd" else right_spectrum(tall)
-    if spectrum is None:
-        if not bool(tall.isfinite().all()):
-            raise _not_finite(tall)
+        if method == "polar-express" or (_is_exact(made) and made.sigma_min > rounding):
+            return _like(made, matrix, scale)
+    if method == "svd":
         left, values, right = torch.linalg.svd(tall.double(), full_matrices=False)
-        rank = int((values > RESOLVED * values[0]).sum())
+        rank = _resolved(values, rounding)
         factor = (left[:, :rank] @ right[:rank]).to(tall.dtype)
     else:
+        spectrum = right_spectrum(tall, rounding)
         values, rank, factor = spectrum.values, spectrum.rank, isometry(tall, spectrum)
-    taken = "svd" if spectrum is None else "gram"
+    taken = "svd" if method == "svd" else "gram"
     found = Polar(factor, float(values[-1]), float(values[0]), isometry_defect(factor), taken, rank)
-    return _like(found, matrix)
+    return _like(found, matrix, scale)
+
+
+def tall_at_unit_scale(matrix: Tensor, stored: torch.dtype | None = None) -> Tall:
+    """Make a matrix tall, its squares safe from the ends of float32, and say how much of it may be rounding.
+
+    Args:
+        matrix: any plain float type.
+        stored: the type whose rounding its values have; its own by default.
+
+    Returns:
+        A view where the entries are of an ordinary size, else a copy over a power of two.
+
+    Raises:
+        TargetError: no matrix, or an empty one.
+        NumericsError: a value that is not finite.
+
+    Cost: one pass; for half types two.
+    Reference: the largest singular value of random entries, Davidson and Szarek 2001, theorem II.13.
+
+    >>> tall_at_unit_scale(torch.tensor([[0.0, 2.0**-70]]))
+    Tall(matrix=tensor([[0.],
+            [1.]]), scale=8.470329472543003e-22, rounding=0.0)
+    """
+    tall = tall_matrix(matrix)
+    largest = float(torch.linalg.vector_norm(tall, float("inf")))
+    if not isfinite(largest):
+        raise _not_finite(tall)
+    scale = 1.0 if not largest or SMALL < largest < 1 / SMALL else ldexp(1.0, frexp(largest)[1] - 1)
+    tall = tall if scale == 1.0 else tall / scale
+    kind = torch.finfo(stored or matrix.dtype)
+    if kind.eps < RESOLVED:
+        return Tall(tall, scale, 0.0)
+    rows, cols = tall.shape
+    typical = max(float(frobenius_norm(tall)) / sqrt(rows * cols), kind.smallest_normal / scale)
+    return Tall(tall, scale, kind.eps / 2 * typical * (sqrt(rows) + sqrt(cols)))  # half an eps is the most an entry has
+
+
+def _resolved(values: Tensor, rounding: float) -> int:
+    """How many of the descending singular values tell of more than rounding."""
+    listed = values.tolist()
+    least = max(RESOLVED * listed[0], rounding)
+    return sum(value > least for value in listed)
 
 
 def tall_matrix(matrix: Tensor) -> Tensor:
@@ -136,8 +190,12 @@ def tall_matrix(matrix: Tensor) -> Tensor:
     return matrix if matrix.shape[0] >= matrix.shape[1] else matrix.mT
 
 
-def right_spectrum(tall: Tensor) -> RightSpectrum:
+def right_spectrum(tall: Tensor, rounding: float = 0.0) -> RightSpectrum:
     """Singular values and right singular vectors of a tall matrix `(m, n)`, from its Gram matrix.
+
+    Args:
+        tall: the matrix.
+        rounding: singular values up to this one are not resolved.
 
     Raises:
         NumericsError: a value that is not finite.
@@ -150,13 +208,13 @@ def right_spectrum(tall: Tensor) -> RightSpectrum:
     rows, cols = tall.shape
     if tall.dtype == torch.float32 and cols >= LARGE_SIDE and rows >= TALL * cols:
         squared = gram(tall)
-        found = _spectrum(squared) if _may_be_mild(squared) else None
+        found = _spectrum(squared, rounding) if _may_be_mild(squared) else None
         if found is not None and found.within(MILD):
             return found
     squared = gram(tall, torch.float64)
     if not isfinite(squared.trace()):
         raise _not_finite(tall)
-    return _spectrum(squared)
+    return _spectrum(squared, rounding)
 
 
 def _not_finite(matrix: Tensor) -> NumericsError:
@@ -175,9 +233,9 @@ def _may_be_mild(squared: Tensor) -> bool:
     return not bool(failed) and bool(pivots.max() <= MILD * pivots.min())
 
 
-def _spectrum(squared: Tensor) -> RightSpectrum:
+def _spectrum(squared: Tensor, rounding: float) -> RightSpectrum:
     squares, vectors = torch.linalg.eigh(squared)
-    return RightSpectrum(squares.clamp_min(0).sqrt().flip(-1), vectors.flip(-1), squared)
+    return RightSpectrum(squares.clamp_min(0).sqrt().flip(-1), vectors.flip(-1), squared, rounding)
 
 
 def isometry(tall: Tensor, spectrum: RightSpectrum) -> Tensor:
@@ -206,8 +264,6 @@ def _prefers_products(tall: Tensor) -> bool:
 
 
 def _iterated(tall: Tensor) -> Polar:
-    if not bool(tall.isfinite().all()):
-        raise _not_finite(tall)
     found = polar_express(tall)
     rank = round(float(found.factor.square().sum(dtype=torch.float64)))
     return Polar(found.factor, found.sigma_min, found.sigma_max, found.error, "polar-express", rank)
@@ -219,8 +275,7 @@ def _is_exact(found: Polar) -> bool:
     return found.sigma_min > ITERATED * found.sigma_max and found.error < polished
 
 
-def _like(found: Polar, matrix: Tensor) -> Polar:
-    """The factor turned as the matrix is."""
-    if found.factor.shape == matrix.shape:
-        return found
-    return Polar(found.factor.mT, found.sigma_min, found.sigma_max, found.error, found.method, found.rank)
+def _like(found: Polar, matrix: Tensor, scale: float) -> Polar:
+    """The factor turned as the matrix is, and the singular values at its scale."""
+    factor = found.factor if found.factor.shape == matrix.shape else found.factor.mT
+    return replace(found, factor=factor, sigma_min=found.sigma_min * scale, sigma_max=found.sigma_max * scale)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ortho_cli.errors import TargetError
-from ortho_cli.linalg.polar import RESOLVED, isometry, polar_factor, right_spectrum, tall_matrix
+from ortho_cli.linalg.polar import isometry, polar_factor, right_spectrum, tall_at_unit_scale
 from ortho_cli.linalg.spectral import frobenius_norm
 
 __all__ = [
@@ -32,21 +32,18 @@ class Basis:
         values: all singular values `(n,)`, descending, float64.
         vectors: right singular vectors `(n, n)`, in the factor's dtype.
         triangle: `R (n, n)` of `A = Q R` with a diagonal that is not negative, in the factor's dtype.
+        rank: directions that are resolved.
     """
 
     factor: Tensor
     values: Tensor
     vectors: Tensor
     triangle: Tensor
-
-    @property
-    def rank(self) -> int:
-        """Directions that are resolved."""
-        return int((self.values > RESOLVED * self.values[0]).sum())
+    rank: int
 
     @property
     def is_resolved(self) -> bool:
-        """Whether the weight has full rank, as far as `RESOLVED` tells."""
+        """Whether the weight has full rank, as far as its precision tells."""
         return self.rank == len(self.values)
 
 
@@ -72,11 +69,13 @@ def flatten(weight: Tensor) -> Tensor:
     return weight.reshape(weight.shape[0], prod(weight.shape[1:]))
 
 
-def basis(weight: Tensor) -> Basis:
+def basis(weight: Tensor, *, stored: torch.dtype | None = None) -> Basis:
     """Decompose a weight of any shape, once for all measures.
 
     Args:
         weight: two or more dimensions, any plain float type.
+        stored: the type whose rounding the values have, where that is coarser than the weight's own: singular values
+            that are no larger than its rounding are not resolved.
 
     Raises:
         TargetError: fewer than two dimensions, or an empty weight.
@@ -87,14 +86,14 @@ def basis(weight: Tensor) -> Basis:
     >>> basis(torch.tensor([[3.0, 0.0], [0.0, 2.0], [0.0, 0.0]])).values.tolist()
     [3.0, 2.0]
     """
-    tall = tall_matrix(flatten(weight))
-    spectrum = right_spectrum(tall)
+    tall, scale, rounding = tall_at_unit_scale(flatten(weight), stored)
+    spectrum = right_spectrum(tall, rounding)
     triangle, failed = torch.linalg.cholesky_ex(spectrum.squared, upper=True)
     if bool(failed) or spectrum.rank < len(spectrum.values):
         triangle = torch.linalg.qr(tall.double(), mode="r").R
         triangle = triangle * torch.where(triangle.diagonal() < 0, -1.0, 1.0)[:, None]
-    factor = isometry(tall, spectrum)
-    return Basis(factor, spectrum.values.double(), spectrum.vectors.to(factor.dtype), triangle.to(factor.dtype))
+    factor, vectors = isometry(tall, spectrum), spectrum.vectors.to(tall.dtype)
+    return Basis(factor, spectrum.values.double() * scale, vectors, (triangle * scale).to(tall.dtype), spectrum.rank)
 
 
 def stability(previous: Tensor, current: Tensor) -> float:

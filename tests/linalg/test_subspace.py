@@ -151,6 +151,29 @@ def test_a_dead_channel_is_not_called_unstable() -> None:
     assert stability(dead, 2 * dead) == pytest.approx(1.0, abs=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("spread", [0.0, 1.0], ids=["even", "uneven"])
+@pytest.mark.parametrize("scale", [1e-4, 1.0])
+def test_the_rounding_of_a_half_type_is_no_direction(dtype: torch.dtype, spread: float, scale: float) -> None:
+    low = scale * gaussian(192, 12) @ gaussian(12, 64, seed=1) * torch.logspace(-spread, spread, 64)
+    first, second = low.to(dtype), (low + 0.01 * low @ gaussian(64, 64, seed=2) / 8).to(dtype)
+    for method in ("svd", "gram"):
+        assert polar_factor(first, method=method).rank == 12
+    assert basis(first).rank == basis(first.float(), stored=dtype).rank == 12 < basis(first.float()).rank
+    assert stability(first, second) > 0.999
+
+
+@pytest.mark.parametrize("scale", [1e-300, 1e-38, 1e-21, 1e21, 1e300])
+def test_scale_alone_changes_nothing(scale: float) -> None:
+    """Float32 squares of 1e-21 are subnormal: the factor of a well-conditioned weight was none."""
+    weight = gaussian(300, 140) if not 1e-40 < scale < 1e40 else gaussian(300, 140).float()
+    found, expected = basis(scale * weight), basis(weight)
+    assert stability(scale * weight, weight) == pytest.approx(1.0, abs=1e-7)
+    assert torch.allclose(found.values, scale * expected.values, rtol=1e-5)
+    assert torch.allclose(found.triangle / scale, expected.triangle, atol=1e-4)
+    assert polar_factor(scale * weight, method="svd").sigma_max == pytest.approx(scale * float(expected.values[0]))
+
+
 def test_a_rank_cut_leaves_the_basis_where_it_is() -> None:
     weight = with_condition(30, 12, 10.0)
     left, values, right = torch.linalg.svd(weight, full_matrices=False)
