@@ -56,7 +56,7 @@ class AttentionPieces:
             )
 
     def __call__(self, layer: SeriesLayer, matrix: Tensor) -> list[tuple[str, Tensor]]:
-        """The matrices of a layer, by name: `X.q`, `X.k.head3`, `X.head0`."""
+        """The matrices of a layer, by name: `X.q`, `X.k.head3`, `X.head0`; of what depends on `split` alone."""
         role = self._role(layer.name, layer.flat_shape)
         if role is None:
             return [(layer.name, matrix)]
@@ -75,6 +75,10 @@ class AttentionPieces:
             for name, rows in parts
             for number, piece in enumerate(self._by_head(layer, rows, role))
         ]
+
+    def split(self, layer: SeriesLayer) -> list[object]:
+        """All that the pieces of a layer depend on besides its name and weight."""
+        return [self.heads, self.qkv, self.conv1d, self._query_width(layer.name)]
 
     def _role(self, name: str, shape: tuple[int, int]) -> str | None:
         """What a layer is to attention, as far as the split is concerned."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from ortho_cli.checkpoints.layer_pool import LayerPool
 from ortho_cli.checkpoints.series import Entry
 from ortho_cli.checkpoints.series_layers import SeriesLayer, read_flat
+from ortho_cli.checkpoints.tensors import TORCH_DTYPES
 from ortho_cli.errors import NumericsError, UsageError
 from ortho_cli.linalg.ranks import energy_rank
 from ortho_cli.linalg.subspace import (
@@ -33,7 +34,7 @@ from ortho_cli.linalg.subspace import (
 from .stability_cache import ResultCache
 from .stability_change import Change
 
-__all__ = ["Pair", "Pieces", "measure_series", "plan_pairs", "whole_layer"]
+__all__ = ["Pair", "Pieces", "has_both", "measure_series", "plan_pairs", "whole_layer"]
 
 Pieces = Callable[[SeriesLayer, Tensor], "list[tuple[str, Tensor]]"]
 """The matrices of a layer that are measured on their own, by name."""
@@ -115,7 +116,7 @@ def measure_series(
 
     Cost: a layer and checkpoint `4 m n k + 12 k^3` flops in float64, `k = min(m, n)`; a pair `2 m n + 2 k^3`.
     """
-    due = {layer.name: [pair for pair in pairs if _has(layer, pair)] for layer in layers}
+    due = {layer.name: [pair for pair in pairs if has_both(layer, pair)] for layer in layers}
     found: dict[str, dict[Pair, list[Change]]] = {layer.name: {} for layer in layers}
     if cache is not None:
         for layer in layers:
@@ -156,9 +157,10 @@ def _measure_layer(
     for number, pair in enumerate(pairs):
         for place in (pair.reference, pair.current):
             if place not in held:
-                weight = read_flat(layer, place, entries[place])
+                weight, entry = read_flat(layer, place, entries[place]), entries[place]
+                stored = _precision(layer, place)
                 held[place] = {
-                    name: _basis(name, piece.to(device), entries[place]) for name, piece in pieces(layer, weight)
+                    name: _basis(name, piece.to(device), stored, entry) for name, piece in pieces(layer, weight)
                 }
         found[pair] = [
             _change(name, layer.kind, held[pair.reference][name], now, top_rank, entries, pair)
@@ -169,9 +171,18 @@ def _measure_layer(
     return found
 
 
-def _basis(name: str, matrix: Tensor, entry: Entry) -> Basis:
+def _precision(layer: SeriesLayer, place: int) -> torch.dtype:
+    """The type whose rounding a layer has in one checkpoint."""
+    stored = layer.stored[place]
+    assert stored is not None, "this checkpoint lacks the layer"
+    found = getattr(torch, TORCH_DTYPES[stored.dtype])
+    assert isinstance(found, torch.dtype)
+    return found
+
+
+def _basis(name: str, matrix: Tensor, stored: torch.dtype, entry: Entry) -> Basis:
     try:
-        return basis(matrix)
+        return basis(matrix, stored=stored)
     except NumericsError as error:
         raise NumericsError(
             f"layer {name} of {entry.name} holds values that are not finite", hint=error.hint
@@ -188,7 +199,7 @@ def _change(
         float(now.values[-1]), float(now.values[0]), triangles.distance, triangles.similarity,
         mixing_similarity(before, now), energy_rank(now.values, 0.9), energy_rank(now.values, 0.99),
         None if top_rank is None else truncated_stability(before, now, top_rank),
-        None if top_rank is None else subspace_overlap(before, now, top_rank),
+        None if top_rank is None else subspace_overlap(before, now, top_rank), now.rank, before.rank,
     )  # fmt: skip
     return _dated(asdict(change), entries, pair)
 
@@ -201,7 +212,8 @@ def _dated(values: Mapping[str, object], entries: Sequence[Entry], pair: Pair) -
     return Change(**{**values, **dates})  # type: ignore[arg-type]
 
 
-def _has(layer: SeriesLayer, pair: Pair) -> bool:
+def has_both(layer: SeriesLayer, pair: Pair) -> bool:
+    """Whether both checkpoints of a comparison have a layer."""
     return layer.stored[pair.current] is not None and layer.stored[pair.reference] is not None
 
 

@@ -25,7 +25,7 @@ class LayerAdvice:
         parameters: of the layer.
         trained: of the core `(rank, rank)`.
         stored: of core and both bases.
-        resolved: whether the weight has full rank; if not, its stability is that of the directions it has.
+        resolved: whether every weight has full rank; if not, its stability is that of the directions it has.
     """
 
     layer: str

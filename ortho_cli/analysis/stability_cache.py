@@ -12,7 +12,7 @@ import json
 import os
 import sqlite3
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["ResultCache", "cache_folder"]
 
 FILE = "stability.sqlite"
-VERSION = 1  # of the numbers: a change of what is computed starts anew
+VERSION = 2  # of the numbers: a change of what is computed starts anew
 KEPT_SECONDS = 180 * 86400  # rows that nobody asked for in this time are dropped
 Found = Mapping["Pair", Sequence[Mapping[str, Any]]]
 
@@ -43,14 +43,14 @@ class ResultCache:
 
     Args:
         folder: made where it is missing.
-        options: what the numbers depend on besides the weights.
+        options: what the numbers of a layer depend on besides its weights.
 
     Raises:
         OutputError: the folder cannot be written.
     """
 
-    def __init__(self, folder: Path, options: Mapping[str, object]) -> None:
-        self._options = dict(options)
+    def __init__(self, folder: Path, options: Callable[[SeriesLayer], object]) -> None:
+        self._options = options
         self._identities: dict[tuple[Path, Stamp | None], list[object]] = {}
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -93,7 +93,8 @@ class ResultCache:
 
     def _key(self, layer: SeriesLayer, entries: Sequence[Entry], pair: Pair) -> str:
         content = [
-            VERSION, self._options, layer.name, layer.shape, [self._stored(layer, entries, place) for place in pair[:2]]
+            VERSION, self._options(layer), layer.name, layer.shape,
+            [self._stored(layer, entries, place) for place in pair[:2]],
         ]  # fmt: skip
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 

@@ -27,6 +27,7 @@ class Change:
         mixing_similarity: cosine of the polar factors H.
         rank_90, rank_99: components that hold that share of `||W||_F^2` at `step`.
         top_stability, top_overlap: of the leading `--top-rank` directions alone.
+        rank, reference_rank: directions that are resolved at `step` and in the reference; None in tables without them.
     """
 
     layer: str
@@ -47,6 +48,8 @@ class Change:
     rank_99: int
     top_stability: float | None = None
     top_overlap: float | None = None
+    rank: int | None = None
+    reference_rank: int | None = None
 
     @property
     def parameters(self) -> int:
@@ -55,8 +58,10 @@ class Change:
 
     @property
     def is_resolved(self) -> bool:
-        """Whether the weight has full rank at `step`; if not, the stability is that of the directions it has."""
-        return not self.sigma_min <= RESOLVED * self.sigma_max  # of a table without them nothing is known
+        """Whether both weights have full rank; if not, the stability is that of the directions that are there."""
+        if self.rank is None or self.reference_rank is None:
+            return not self.sigma_min <= RESOLVED * self.sigma_max  # of a table without these nothing is known
+        return min(self.rank, self.reference_rank) == min(self.rows, self.cols)
 
 
 COLUMNS = tuple(name for name in Change.__dataclass_fields__ if not name.startswith("top_"))

@@ -11,16 +11,17 @@ from ortho_cli.checkpoints.hub_series import open_revisions
 from ortho_cli.checkpoints.matrices import has_conv1d
 from ortho_cli.checkpoints.series import Entry, open_entry, open_series
 from ortho_cli.checkpoints.series_layers import SeriesLayer, series_layers
-from ortho_cli.errors import UsageError
+from ortho_cli.errors import TargetError, UsageError
 
 from .attention_pieces import AttentionPieces
-from .stability import Pair, measure_series, plan_pairs
+from .stability import Pair, has_both, measure_series, plan_pairs
 from .stability_cache import ResultCache
 from .stability_change import Change
 
 __all__ = ["StabilityPlan", "plan_stability"]
 
 WITHIN = ("first", "last")  # references that are of the series
+SHOWN = 3  # layers that a note names
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class StabilityPlan:
         pairs: places in `entries`.
         pieces: how attention layers are split.
         top_rank: leading directions that are compared alone; None: none.
-        notes: of layers that are left out.
+        notes: of layers that are left out, or that not every checkpoint has.
     """
 
     entries: tuple[Entry, ...]
@@ -58,7 +59,10 @@ class StabilityPlan:
         advance: Callable[[int], None] = lambda count: None,
     ) -> list[Change]:
         """Measure everything; `cache` is a folder of earlier results, the rest as for `measure_series`."""
-        options = {"heads": self.pieces.heads, "qkv": self.pieces.qkv, "top_rank": self.top_rank}
+
+        def options(layer: SeriesLayer) -> object:
+            return [*self.pieces.split(layer), self.top_rank]
+
         with nullcontext(None) if cache is None else ResultCache(cache, options) as results:
             return measure_series(
                 self.entries, self.layers, self.pairs, pieces=self.pieces, top_rank=self.top_rank, workers=workers,
@@ -94,7 +98,7 @@ def plan_stability(
     Raises:
         UsageError: options that contradict each other, or a series that is too short.
         CheckpointError: a checkpoint that cannot be read.
-        TargetError: a pattern that matches nothing.
+        TargetError: a pattern that matches nothing, or layers that no two compared checkpoints share.
     """
     if reference is not None and lags:
         raise UsageError("--lag and --reference exclude each other", hint="a reference is the same for all checkpoints")
@@ -111,7 +115,37 @@ def plan_stability(
     if beside:
         entries = [*entries, open_entry(str(reference))]
     selection = series_layers(entries, targets, exclude)
-    shapes = {layer.name: layer.flat_shape for layer in selection.layers}
-    pieces = AttentionPieces(split_heads, split_qkv, shapes, has_conv1d(entries[0].checkpoint))
+    conv1d = any(has_conv1d(entry.checkpoint) for entry in entries)
+    pieces = AttentionPieces(split_heads, split_qkv, selection.shapes, conv1d)
     pieces.check(selection.layers)
-    return StabilityPlan(tuple(entries), selection.layers, tuple(pairs), pieces, top_rank, selection.notes)
+    notes = [*selection.notes, *_incomplete(selection.layers, pairs, len(entries))]
+    return StabilityPlan(tuple(entries), selection.layers, tuple(pairs), pieces, top_rank, tuple(notes))
+
+
+def _incomplete(layers: Sequence[SeriesLayer], pairs: Sequence[Pair], count: int) -> list[str]:
+    """Notes on layers that some of the checkpoints lack.
+
+    Raises:
+        TargetError: there is nothing to compare.
+    """
+    lone = [layer for layer in layers if not any(has_both(layer, pair) for pair in pairs)]
+    if len(lone) == len(layers):
+        raise TargetError(
+            f"nothing to compare: none of {len(layers)} layers is in both checkpoints of a comparison",
+            hint="name checkpoints of one training",
+        )
+    partial = [layer for layer in layers if None in layer.stored and layer not in lone]
+    return [
+        f"{_shown(found)} {what}"
+        for found, what in (
+            (lone, "not measured: in no two checkpoints that are compared"),
+            (partial, f"measured where found: not in all {count} checkpoints"),
+        )
+        if found
+    ]
+
+
+def _shown(layers: Sequence[SeriesLayer]) -> str:
+    names = ", ".join(layer.name for layer in layers[:SHOWN])
+    more = f" and {len(layers) - SHOWN} more" if len(layers) > SHOWN else ""
+    return f"{names}{more} {'is' if len(layers) == 1 else 'are'}"

@@ -30,7 +30,7 @@ from .table import Table, record_table
 __all__ = ["MARK", "by_lag", "read_changes", "stability_report"]
 
 MARK = "stability.csv"  # by which an earlier report is known
-WHOLE = frozenset({"step", "reference_step", "lag", "rows", "cols", "rank_90", "rank_99"})
+WHOLE = frozenset({"step", "reference_step", "lag", "rows", "cols", "rank_90", "rank_99", "rank", "reference_rank"})
 HOW = (
     "Each weight is W = P H: P has orthonormal columns and is its basis, H is what the basis is mixed by. Stability is "
     "the mean cosine between the columns of P in two checkpoints: 1 means that the basis has settled, 0 that nothing "
@@ -189,7 +189,9 @@ def _top_figures(changes: Sequence[Change]) -> list[Any]:
 
 
 def _table(changes: Sequence[Change]) -> Table:
-    names = [*COLUMNS, *(name for name in ("top_stability", "top_overlap") if getattr(changes[0], name) is not None)]
+    names = [
+        field.name for field in fields(Change) if field.name in COLUMNS or getattr(changes[0], field.name) is not None
+    ]
     rows = tuple(tuple(getattr(change, name) for name in names) for change in changes)
     return Table("stability", "Stability", tuple(names), rows)
 

@@ -18,8 +18,10 @@ from ortho_cli.errors import CheckpointError, OrthoError, TargetError
 from . import targets
 from .checkpoint import Checkpoint
 from .factored import factored_layers
-from .matrices import LOOKUPS
+from .header import printable
+from .matrices import LOOKUPS, has_conv1d
 from .series import Entry
+from .series_factors import choose_kinds, fitting_views
 from .tensors import FLOAT_DTYPES, TensorInfo
 from .tied import tied_layers
 
@@ -41,6 +43,7 @@ __all__ = [
 
 Shape = tuple[int, ...]
 OPT_IN = ("embedding", "position", "row")
+COARSE_FIRST = ("BF16", "F16", "F32", "F64")
 WEIGHT_ENDS = (".weight", "_weight")
 POSITIONS = re.compile(r"pos(ition)?_?(embed|emb|ition)|relative_position|rel_pos|wpe|embed_positions")
 EMBEDDINGS = re.compile(r"(^|\.)(tok(en)?|word)_?emb|(^|\.)emb(ed|edding)?s?$")
@@ -60,6 +63,21 @@ class Stored:
     def nbytes(self) -> int:
         """Bytes in the file."""
         return sum(part.nbytes for part in self.parts)
+
+    @property
+    def is_read_off(self) -> bool:
+        """Whether the weight is there, or a view tells how factors make it."""
+        return self.view is not None or len(self.parts) == 1
+
+    @property
+    def ends(self) -> tuple[Shape, Shape]:
+        """The shapes of the first factor and of the last."""
+        return self.parts[0].shape, self.parts[-1].shape
+
+    @property
+    def dtype(self) -> str:
+        """The coarsest type of its parts, whose rounding the weight has."""
+        return min((part.dtype for part in self.parts), key=COARSE_FIRST.index)
 
 
 @dataclass(frozen=True)
@@ -86,10 +104,11 @@ class SeriesLayer:
 
 @dataclass(frozen=True)
 class LayerSelection:
-    """The chosen layers, and what a reader should know of those that were not."""
+    """The chosen layers, what a reader should know of those that were not, and the shape of every weight."""
 
     layers: tuple[SeriesLayer, ...]
     notes: tuple[str, ...]
+    shapes: Mapping[str, Shape]
 
 
 def series_layers(
@@ -109,10 +128,11 @@ def series_layers(
     """
     found = [_stored(entry.checkpoint) for entry in entries]
     shapes, changed = _shapes(found)
+    read_as = _kinds(found, shapes, any(has_conv1d(entry.checkpoint) for entry in entries))
     layers = {}
     for name in _ordered(list(shapes)):
         try:
-            stored = tuple(_viewed(each.get(name), shapes[name]) for each in found)
+            stored = tuple(_viewed(each.get(name), shapes[name], read_as.get(name)) for each in found)
         except OrthoError as error:
             changed.append(f"{name} is left out: {error.message}")
             continue
@@ -130,7 +150,8 @@ def series_layers(
     if not once:
         raise TargetError("there are no layers with a basis: weights of two or more dimensions, stored as floats")
     notes = [f"{name} is {tied[name]}: measured once" for name in chosen if name not in once]
-    return LayerSelection(tuple(layers[name] for name in once), (*notes, *changed))
+    notes += [*changed, *_unreadable(entries)]
+    return LayerSelection(tuple(layers[name] for name in once), tuple(notes), known)
 
 
 def layer_name(tensor: str) -> str:
@@ -194,13 +215,27 @@ def _stored(checkpoint: Checkpoint) -> dict[str, Stored]:
     return found
 
 
+def _unreadable(entries: Sequence[Entry]) -> list[str]:
+    """A note on the weights that are stored as no plain float, a type at a time."""
+    types: dict[str, dict[str, None]] = {}
+    for entry in entries:
+        for name, info in entry.checkpoint.tensors.items():
+            if len(info.shape) > 1 and info.dtype not in FLOAT_DTYPES and name.endswith("weight"):
+                types.setdefault(info.dtype, {})[name] = None
+    return [
+        f"{len(names)} weight{'s' * (len(names) > 1)} stored as {dtype}, first {printable(next(iter(names)))}: not "
+        "measured, dequantise them first"
+        for dtype, names in sorted(types.items())
+    ]
+
+
 def _shapes(found: Sequence[Mapping[str, Stored]]) -> tuple[dict[str, Shape], list[str]]:
     """The weight shape of each layer, and a note for each whose shape is not the same everywhere."""
     dense: dict[str, dict[Shape, None]] = {}
     products: dict[str, Shape] = {}
     for checkpoint in found:
         for name, stored in checkpoint.items():
-            if stored.view is not None or len(stored.parts) == 1:
+            if stored.is_read_off:
                 shape = stored.parts[0].shape if stored.view is None else stored.view.shape
                 dense.setdefault(name, {})[shape] = None
             else:  # no table: another checkpoint may have the weight, else it is a matrix
@@ -215,26 +250,28 @@ def _shapes(found: Sequence[Mapping[str, Stored]]) -> tuple[dict[str, Shape], li
     return shapes, notes
 
 
-def _viewed(stored: Stored | None, shape: Shape) -> Stored | None:
+def _kinds(found: Sequence[Mapping[str, Stored]], shapes: Mapping[str, Shape], conv1d: bool) -> dict[str, str]:
+    """How each layer with factors without a table is to be read."""
+    fits: dict[str, list[str]] = {}
+    for checkpoint in found:
+        for name, stored in checkpoint.items():
+            if name in shapes and not stored.is_read_off:
+                fits.setdefault(name, list(fitting_views(*stored.ends, shapes[name])))
+    return choose_kinds(fits, conv1d=conv1d)
+
+
+def _viewed(stored: Stored | None, shape: Shape, kind: str | None) -> Stored | None:
     """Factors with the view by which they multiply out to a weight of this shape.
 
     Raises:
         CheckpointError: there is none.
     """
-    from ortho_cli.linalg.matricize import Matricization
-
-    if stored is None or stored.view is not None or len(stored.parts) == 1:
+    if stored is None or stored.is_read_off:
         return stored
-    u, vt = stored.parts[0].shape, stored.parts[-1].shape
-    groups = vt[0] // u[1] if u[1] and vt[0] % u[1] == 0 else 1
-    for kind in ("linear", "conv1d") if len(shape) == 2 else ("conv", "transposed"):
-        for row_axes in (0, None) if len(shape) > 2 else (None,):
-            if len(shape) > 2 and shape[0] % groups:
-                continue
-            view = Matricization(kind, shape, groups if len(shape) > 2 else 1, row_axes)
-            if (view.batch * view.rows, view.cols) == (u[0], vt[1]):
-                return Stored(stored.parts, view)
-    raise CheckpointError(f"its factors {u} and {vt} are not those of a weight {shape}")
+    view = fitting_views(*stored.ends, shape).get(kind or "")
+    if view is None:
+        raise CheckpointError("its factors {} and {} are not those of a weight {}".format(*stored.ends, shape))
+    return Stored(stored.parts, view)
 
 
 def _ordered(names: list[str]) -> list[str]:

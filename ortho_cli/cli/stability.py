@@ -169,8 +169,7 @@ def analyze_stability(
     else:
         written = write_folder(report, output, kinds, force=force)
         keep_recipe(ctx)
-    last = max(change.step for change in changes)
-    held = {change.layer: change.stability for change in changes if change.step == last}
+    held = {change.layer: change.stability for change in sorted(changes, key=lambda change: change.step)}
     if as_json:
         limits.check(held)  # a failure is the one JSON object, then
         print_json({**(report.data or {}), "outputs": written, "dry_run": dry_run})

@@ -41,11 +41,13 @@ __all__ = ["COLUMNS", "FILE", "TrackStabilityMethod"]
 FILE = "stability.csv"
 COLUMNS = (
     "layer", "kind", "step", "reference_step", "lag", "rows", "cols", "stability", "noise_floor", "sigma_min",
-    "sigma_max", "r_distance", "r_similarity", "mixing_similarity", "rank_90", "rank_99",
+    "sigma_max", "r_distance", "r_similarity", "mixing_similarity", "rank_90", "rank_99", "rank", "reference_rank",
 )  # fmt: skip
-WHOLE_NUMBERS = frozenset({"step", "reference_step", "lag", "rows", "cols", "rank_90", "rank_99"})
+WHOLE_NUMBERS = frozenset(
+    {"step", "reference_step", "lag", "rows", "cols", "rank_90", "rank_99", "rank", "reference_rank"}
+)
 STABILITY = COLUMNS.index("stability") - 2  # among the numbers of a row, which begin after layer and kind
-IN_PROJ = "in_proj"
+PROJECTIONS = ("in_proj", "q_proj", "k_proj", "v_proj")  # parameters of torch's attention: one, or three apart
 
 Kept = tuple[int, dict[str, Tensor], dict[str, Basis]]  # step, weights, and what was made of them
 
@@ -147,20 +149,22 @@ def _compare(before: Basis, now: Basis) -> list[float]:
         factor_stability(before.factor, now.factor), noise_floor(*now.factor.shape), float(now.values[-1]),
         float(now.values[0]), triangles.distance, triangles.similarity, mixing_similarity(before, now),
         energy_rank(now.values, 0.9), energy_rank(now.values, 0.99),
+        now.rank, before.rank,
     ]  # fmt: skip
 
 
 def _choose(model: nn.Module, patterns: Sequence[str]) -> dict[str, str]:
-    """Names of layers and their kinds, in model order; attention of torch has its fused projection for one."""
+    """Names of layers and their kinds, in model order; attention of torch has its projections beside."""
     kinds: dict[str, str] = {}
     shapes: dict[str, tuple[int, ...]] = {}
     layers = named_layers(model)
     for name, module in model.named_modules():
         if name in layers and not isinstance(module, nn.Embedding):
             shapes[name], kinds[name] = layers[name], "conv" if len(layers[name]) > 2 else "linear"
-        elif isinstance(getattr(module, f"{IN_PROJ}_weight", None), nn.Parameter):
-            within = f"{name}.{IN_PROJ}".lstrip(".")
-            shapes[within], kinds[within] = (3 * module.embed_dim, module.embed_dim), "linear"
+        for last in PROJECTIONS:
+            if isinstance(weight := getattr(module, f"{last}_weight", None), nn.Parameter):
+                within = f"{name}.{last}".lstrip(".")
+                shapes[within], kinds[within] = tuple(weight.shape), "linear"
     names = list(shapes) if list(patterns) == ["auto"] else select(list(patterns), shapes, layers.layout).layers
     if not names:
         raise TargetError(f"a {type(model).__name__} has no layers whose basis could be tracked")
@@ -170,7 +174,7 @@ def _choose(model: nn.Module, patterns: Sequence[str]) -> dict[str, str]:
 def _weight(model: nn.Module, name: str) -> Tensor:
     """The weight of a layer, of a factored one its product."""
     owner, _, last = name.rpartition(".")
-    fused = last == IN_PROJ and isinstance(model.get_submodule(owner), nn.MultiheadAttention)
-    found = getattr(model.get_submodule(owner), f"{IN_PROJ}_weight") if fused else model.get_submodule(name).weight
+    beside = last in PROJECTIONS and isinstance(model.get_submodule(owner), nn.MultiheadAttention)
+    found = getattr(model.get_submodule(owner), f"{last}_weight") if beside else model.get_submodule(name).weight
     assert isinstance(found, Tensor)
     return found

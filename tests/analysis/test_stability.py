@@ -93,7 +93,7 @@ def test_lags_share_one_pass(series: Path, monkeypatch: pytest.MonkeyPatch) -> N
     """Each checkpoint of each layer is decomposed once, whatever it is compared with."""
     made = []
     own = module.basis
-    monkeypatch.setattr(module, "basis", lambda weight: made.append(weight.shape) or own(weight))
+    monkeypatch.setattr(module, "basis", lambda weight, **how: made.append(weight.shape) or own(weight, **how))
     together = plan_stability([str(series)], lags=[1, 3]).measure()
     assert len(made) == 4 * 5
     apart = [change for lag in (1, 3) for change in plan_stability([str(series)], lags=[lag]).measure()]
@@ -146,6 +146,41 @@ def test_a_dead_channel_is_flagged_and_settled(tmp_path: Path, save: Save) -> No
     advice = {each.layer: each for each in advise(found)}
     assert (advice["fc"].settled_at, advice["fc"].resolved, advice["ok"].resolved) == (2, False, True)
     assert "1 layer (fc) did not have full rank" in advice_text(list(advice.values()), 0.95, 2)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_low_rank_in_half_precision_is_flagged_and_settled(dtype: torch.dtype, tmp_path: Path, save: Save) -> None:
+    """The rounding of a half type gives every direction a singular value: it is no basis, and moves at random."""
+    low = gaussian(96, 6) @ gaussian(6, 40, seed=1)
+    for step in range(2):
+        weight = (low + 0.01 * step * low @ gaussian(40, 40, seed=2) / 40**0.5).to(dtype)
+        save(tmp_path / f"step{step}.safetensors", {"fc.weight": weight, "ok.weight": gaussian(30, 8).to(dtype)})
+    found = {change.layer: change for change in plan_stability([str(tmp_path)]).measure()}
+    assert found["fc"].stability > 0.999 and found["ok"].is_resolved
+    assert (found["fc"].rank, found["fc"].reference_rank, found["fc"].is_resolved) == (6, 6, False)
+
+
+@pytest.mark.parametrize("reference", [None, "last"])
+def test_the_reference_without_full_rank_is_flagged(reference: str | None, tmp_path: Path, save: Save) -> None:
+    for step, weight in enumerate((torch.zeros(9, 4), gaussian(9, 4))):
+        save(tmp_path / f"step{step}.safetensors", {"fc.weight": weight})
+    (found,) = plan_stability([str(tmp_path)], reference=reference).measure()
+    assert {found.rank, found.reference_rank} == {0, 4}
+    assert (found.stability, found.is_resolved) == (0.0, False)
+    assert not advise([found])[0].resolved
+
+
+def test_layers_that_some_checkpoints_lack_are_named(tmp_path: Path, save: Save) -> None:
+    always = {"fc.weight": gaussian(5, 4)}
+    for step, more in enumerate(({"old.weight": 1}, {"old.weight": 1}, {"new.weight": 1})):
+        save(tmp_path / f"step{step}.safetensors", {**always, **{name: gaussian(4, 4) for name in more}})
+    plan = plan_stability([str(tmp_path)])
+    assert plan.notes == (
+        "new is not measured: in no two checkpoints that are compared",
+        "old is measured where found: not in all 3 checkpoints",
+    )
+    with pytest.raises(TargetError, match="nothing to compare: none of 1 layers is in both"):
+        plan_stability([str(tmp_path)], targets=["new"])
 
 
 def test_a_layer_that_was_factored_on_the_way(tmp_path: Path, save: Save) -> None:
@@ -209,11 +244,11 @@ def test_an_interrupted_run_keeps_its_layers(
 ) -> None:  # fmt: skip
     own, done = module.basis, []
 
-    def stopped(weight: Tensor) -> Any:
+    def stopped(weight: Tensor, **how: Any) -> Any:
         done.append(weight.shape)
         if len(done) > 12:
             raise KeyboardInterrupt
-        return own(weight)
+        return own(weight, **how)
 
     monkeypatch.setattr(module, "basis", stopped)
     with pytest.raises(KeyboardInterrupt):
@@ -223,6 +258,26 @@ def test_an_interrupted_run_keeps_its_layers(
     plan = plan_stability([str(series)])
     assert plan.measure(cache=tmp_path, start=read.append) == plan.measure()
     assert 0 < read[0] < plan.nbytes
+
+
+def test_shared_keys_alone_are_split_by_the_heads_of_the_query(tmp_path: Path, save: Save) -> None:
+    """Four heads of width 2, two of them for keys: with and without the query among the layers, and from the cache."""
+    for step in range(2):
+        names = {"q_proj": 8, "k_proj": 4}
+        weights = {f"a.self_attn.{name}.weight": gaussian(rows, 8, seed=rows + step) for name, rows in names.items()}
+        save(tmp_path / "s" / f"step{step}.safetensors", weights)
+
+    def measure(**options: Any) -> list[Change]:
+        return plan_stability([str(tmp_path / "s")], split_heads=4, **options).measure(cache=tmp_path / "cache")
+
+    alone = measure(targets=["*.k_proj"])
+    assert [(change.layer, change.rows, change.cols) for change in alone] == [
+        (f"a.self_attn.k_proj.head{number}", 8, 2) for number in range(2)
+    ]
+    assert [change for change in measure() if "k_proj" in change.layer] == alone
+    pieces = plan_stability([str(tmp_path / "s")], split_heads=4).pieces
+    layer = SeriesLayer("a.self_attn.k_proj", "linear", (4, 8), ())
+    assert pieces.split(layer) != replace(pieces, shapes={}).split(layer)  # by which the cache tells them apart
 
 
 def pieces_of(name: str, matrix: Tensor, **options: Any) -> dict[str, Tensor]:
@@ -350,7 +405,9 @@ def test_the_report_says_what_was_measured() -> None:
         "Which layers have settled", "Means", "Every layer", "Rank", "With lag 2", "Advice",
     ]  # fmt: skip
     (table,) = report.further
-    assert table.headers == (*COLUMNS, "top_stability", "top_overlap") and len(table.rows) == 50 * (20 + 19)
+    assert table.headers == (*COLUMNS[:-2], "top_stability", "top_overlap", *COLUMNS[-2:]) and len(table.rows) == 50 * (
+        20 + 19
+    )
     assert list(by_lag([*changes, *other])) == ["lag 1", "lag 2"]
     page = report.html()
     assert "b is a: measured once" in page and "First layers" in page

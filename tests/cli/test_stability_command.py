@@ -101,6 +101,18 @@ def test_limits_come_after_the_report(series: Path, tmp_path: Path) -> None:
     assert code == 5 and json.loads(out)["error"]["exit_code"] == 5
 
 
+def test_a_limit_holds_for_layers_that_end_early(tmp_path: Path, save: Save) -> None:
+    """The last row of each layer counts, not the layers of the last checkpoint."""
+    kept, moved = torch.eye(4), torch.eye(4).flip(0).contiguous()
+    for step in range(3):
+        early = {"early.weight": (kept.clone(), moved)[step]} if step < 2 else {}
+        save(tmp_path / f"s/step{step}.safetensors", {"fc.weight": kept, **early})
+    words = ("analyze", "stability", tmp_path / "s", "--format", "csv", "--no-cache", "-o", tmp_path / "r")
+    code, _, err = ortho(*words, "--fail-below", 0.5)
+    assert code == 5 and "stability is below 0.5 in 1 of 2 layers: early (0)" in err
+    assert "early is measured where found: not in all 3 checkpoints" in ortho(*words, "--force")[1]
+
+
 def test_a_table_makes_the_same_report(series: Path, tmp_path: Path) -> None:
     assert ortho("analyze", "stability", series, "-o", tmp_path / "a", "-q")[0] == 0
     code, out, _ = ortho("analyze", "stability", tmp_path / "a" / "stability.csv", "-o", tmp_path / "b", "-v")
