@@ -183,6 +183,35 @@ def test_groups_and_factors_alone(tmp_path: Path, save: Save) -> None:
     assert torch.allclose(read_flat(layer, 0, series[0]), alone["fc.U"] @ alone["fc.VT"], atol=1e-6)
 
 
+def test_square_factors_are_turned_as_the_model_is(tmp_path: Path, save: Save) -> None:
+    """GPT-2's square projection is a Conv1D, by its name; a transposed convolution, by those beside it."""
+    conv1d = {"h.0.attn.c_attn": gaussian(6, 18), "h.0.attn.c_proj": gaussian(6, 6)}
+    up = {"up.0": gaussian(4, 5, 2, 2), "up.1": gaussian(5, 5, 2, 2)}
+    plain = {"conv.0": gaussian(4, 5, 2, 2, seed=1), "conv.1": gaussian(5, 5, 2, 2, seed=1), "q": gaussian(6, 6)}
+    dense, cored = {"h.0.attn.c_attn.bias": gaussian(18)}, {}
+    kinds = {"h": "conv1d", "up": "transposed", "conv": "conv", "q": "linear"}
+    for name, weight in {**conv1d, **up, **plain}.items():
+        view = Matricization(kinds[name.partition(".")[0]], tuple(weight.shape))
+        dense[f"{name}.weight"] = weight
+        u, s, cored[f"{name}.VT"] = torch.linalg.svd(view.to_matrix(weight), full_matrices=False)
+        cored[f"{name}.U"] = u * s
+    series = entries(tmp_path, save, dense, cored)
+    for layer in series_layers(series).layers:
+        weight = dense[f"{layer.name}.weight"]
+        assert torch.allclose(read_flat(layer, 1, series[1]), weight.reshape(layer.flat_shape), atol=1e-5), layer.name
+
+
+def test_weights_that_are_no_plain_floats_are_named(tmp_path: Path, save: Save) -> None:
+    model = {
+        "a.weight": gaussian(4, 4).to(torch.float8_e4m3fn), "b.weight": gaussian(4, 4).to(torch.float8_e4m3fn),
+        "ids": torch.zeros(2, 2, dtype=torch.int64), "c.weight": gaussian(4, 4), "d.qweight": torch.ones(4, 2).int(),
+    }  # fmt: skip
+    assert series_layers(entries(tmp_path, save, model, model)).notes == (
+        "2 weights stored as F8_E4M3, first a.weight: not measured, dequantise them first",
+        "1 weight stored as I32, first d.qweight: not measured, dequantise them first",
+    )
+
+
 def test_what_cannot_be_compared_is_named(tmp_path: Path, save: Save) -> None:
     first = {"head.weight": gaussian(5, 4), "fc.weight": gaussian(4, 4), "odd.weight": gaussian(6, 6)}
     second = {
