@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -92,6 +94,8 @@ def test_what_reaches_srun_and_accelerate(cluster: Cluster) -> None:
     assert code == 0, output
     assert cluster.told("srun")[:3] == ["--ntasks=2", "--ntasks-per-node=1", "--kill-on-bad-exit=1"]
     launched = cluster.told("accelerate")
+    assert "--multi_gpu" in launched  # or nodes of one GPU each would train alone
+    launched.remove("--multi_gpu")
     options = dict(zip(launched[1:-7:2], launched[2:-7:2], strict=False))
     assert launched[0] == "launch" and options["--num_machines"] == "2" and options["--num_processes"] == "8"
     assert options["--machine_rank"] == "1" and options["--main_process_ip"] == "node7"
@@ -163,13 +167,58 @@ def test_the_interactive_script_by_hand_and_submitted(cluster: Cluster) -> None:
     assert job.returncode == -signal.SIGTERM
 
 
-@pytest.mark.slow
-def test_a_real_run_by_the_script(cluster: Cluster) -> None:
-    real = f'exec {sys.executable} -m accelerate.commands.accelerate_cli "$@"'
-    (cluster.bin / "accelerate").write_text(f"#!/usr/bin/env bash\n{real}\n")
-    small = ["model={name: mlp, hidden: [8]}", "methods=[]", "train.epochs=1", "data.batch=512", "train.threads=1"]
-    words = [word for text in small for word in ("--set", text)]
-    code, output = cluster.run(TRAIN, "quickstart", *words, PROCESSES="1", ACCELERATE_USE_CPU="true")
+def test_one_process_needs_no_launcher(cluster: Cluster) -> None:
+    (cluster.bin / "python").write_text(NOTES)
+    (cluster.bin / "python").chmod(0o755)
+    code, output = cluster.run(TRAIN, "r.yaml", PROCESSES="1")
     assert code == 0, output
-    outcome = json.loads((cluster.folder / "runs" / "quickstart-4711" / "outcome.json").read_text())
-    assert outcome["step"] == 2
+    assert cluster.told("python") == ["-m", "ortho_cli", "train", "r.yaml", "--set", "run.dir=runs/r-4711"]
+    assert not (cluster.log / "accelerate.args").exists()
+
+
+@pytest.fixture
+def real(cluster: Cluster) -> Callable[..., tuple[list[str], dict[str, str], Path]]:
+    """The real Python and launcher on the cluster: a small run's words, environment and folder."""
+    for name, words in (("accelerate", "-m accelerate.commands.accelerate_cli "), ("python", "")):
+        (cluster.bin / name).write_text(f'#!/usr/bin/env bash\nexec {sys.executable} {words}"$@"\n')
+        (cluster.bin / name).chmod(0o755)
+
+    def arrange(processes: int, epochs: int) -> tuple[list[str], dict[str, str], Path]:
+        sets = ["model={name: mlp, hidden: [8]}", "methods=[]", "data.batch=512", "train.threads=1"]
+        words = [word for text in (*sets, f"train.epochs={epochs}") for word in ("--set", text)]
+        job = str(os.getpid())  # of which the port is made
+        places = {"PROCESSES": str(processes), "ACCELERATE_USE_CPU": "true", "SLURM_JOB_ID": job}
+        return ["quickstart", *words], places, cluster.folder / "runs" / f"quickstart-{job}"
+
+    return arrange
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_real_run_by_the_script(cluster: Cluster, real: Callable[..., Any], processes: int) -> None:
+    words, places, run = real(processes, epochs=1)
+    code, output = cluster.run(TRAIN, *words, **places)
+    assert code == 0, output
+    assert json.loads((run / "outcome.json").read_text())["step"] == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("told", ["task", "group"])
+def test_a_real_run_saves_before_its_job_ends(
+    cluster: Cluster, real: Callable[..., Any], told: str, processes: int
+) -> None:
+    """Whether Slurm tells the task alone or all of its group, the job waits until what trains has saved."""
+    if told == "group":
+        group = SRUN.replace("bash\n", "bash\nset -m\n", 1).replace("kill -TERM $task", "kill -TERM -- -$task")
+        (cluster.bin / "srun").write_text(group)
+    words, places, run = real(processes, epochs=100000)
+    job = cluster.start(TRAIN, *words, **places)
+    until = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").read_text():
+        assert time.monotonic() < until and job.poll() is None
+        time.sleep(0.05)
+    job.send_signal(signal.SIGUSR1)
+    output, _ = job.communicate(timeout=120)
+    assert job.returncode == 0 and list((run / "checkpoints").glob("step-*")), output
+    assert 0 < output.find("the state is saved") < output.find("is queued again"), output
