@@ -17,6 +17,10 @@ from .factored_module import FactoredModule
 
 __all__ = ["FactorizedLayer", "matricization"]
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+# Whose hooks are no loss: fully_shard's and the tracker's are set anew on what takes a layer's place.
+RENEWED = ("torch.distributed.", "ortho_cli.methods.track_conditioning")
+
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -38,6 +42,9 @@ def matricization(layer: nn.Module, row_axes: int | None = None) -> Matricizatio
     weight = layer._parameters.get("weight")
     if weight is None or not weight.is_floating_point():
         raise TargetError(f"a {kind}, which multiplies by no plain weight of its own")
+    extra = _extra(layer)
+    if extra is not None:
+        raise TargetError(f"a {kind} with {extra}, which its factors would not have")
     shape = tuple(weight.shape)
     for bases, name in (((nn.Linear,), "linear"), (CONVOLUTIONS, "conv"), (TRANSPOSED, "transposed")):
         base = next((base for base in bases if isinstance(layer, base)), None)
@@ -50,6 +57,17 @@ def matricization(layer: nn.Module, row_axes: int | None = None) -> Matricizatio
     if kind == "Conv1D" and hasattr(layer, "nf"):  # of transformers: a Linear, stored as (in, out)
         return Matricization("conv1d", shape)
     raise TargetError(f"a {kind}, which is neither linear, convolution nor embedding")
+
+
+def _extra(layer: nn.Module) -> str | None:
+    """What a layer does that its class and its parameters do not tell, if so."""
+    if "forward" in layer.__dict__:
+        return "a forward of its own"
+    if layer._parameters.get("bias") is None and getattr(layer, "bias", None) is not None:
+        return "a bias that is computed"  # pruned, parametrised
+    hooks = (hook for kind in HOOKS for hook in layer.__dict__[kind].values())
+    foreign = [hook for hook in hooks if not str(getattr(hook, "__module__", "")).startswith(RENEWED)]
+    return f"a hook ({getattr(foreign[0], '__qualname__', type(foreign[0]).__name__)})" if foreign else None
 
 
 class FactorizedLayer(FactoredModule):

@@ -51,6 +51,12 @@ class Method:
         """Work on weights; True if parameters were added, removed or resized."""
         return False
 
+    def follow(self, carry: Callable[[str, str, Callable[[Tensor], Tensor]], None]) -> None:
+        """Call `carry(old name, new name, image)` wherever a parameter takes another's place, for its average's sake.
+
+        `image` makes of a tensor of the old one's shape what it becomes under the new one.
+        """
+
     def export(self, model: nn.Module, path: Path) -> None:
         """Write what the run leaves behind."""
 

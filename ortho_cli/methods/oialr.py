@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from ortho_cli.errors import RecipeError, TargetError
 from ortho_cli.linalg.ranks import energy_rank
@@ -72,6 +72,9 @@ class OIALRMethod(Method):
         self.notes.append(f"{len(self.run.layers)} layers may convert")
         if self.run.opened:
             self.notes.append(f"{len(self.run.opened)} attention modules of torch compute from layers of their own")
+        if self.run.refused:
+            name, reason = next(iter(self.run.refused.items()))
+            self.notes.append(f"{len(self.run.refused)} layers stay dense, first {name}: {reason}")
         last = context.total_steps
         if context.build is not None and not any(map(self.run.is_due, range(1, last + 1))):
             self.notes.append(f"no check falls into the {last} steps of this run: nothing will be cut")
@@ -92,6 +95,11 @@ class OIALRMethod(Method):
         targets, ends = config.targets, {"keep_first": config.keep_first, "keep_last": config.keep_last}
         rule = config.lora_rank or partial(energy_rank, energy=config.lora_energy)
         return LoRASince(model, basis_candidates(model, targets, **ends), rule)
+
+    def follow(self, carry: Callable[[str, str, Callable[[Tensor], Tensor]], None]) -> None:
+        """Tell of every core that takes a weight's or a core's place."""
+        for layer in self.run.layers:
+            layer.follow = carry
 
     def after_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, step: int, phase: str) -> bool:
         """Check the layers that this phase's optimizer trains, if it is time."""

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from ortho_cli.errors import NumericsError
+from ortho_cli.errors import NumericsError, TargetError
 from ortho_cli.linalg.polar import polar_factor
 from ortho_cli.linalg.subspace import factor_stability, flatten
 
 from .adapter_layer import is_sharded, whole
 from .basis_layers import BasisLayer, basis_layer, decompose
+from .factorized_base import matricization
 from .factorized_select import Candidate
 from .inject import replace_modules
-from .oialr_moments import Projection, carry_moments, project
+from .oialr_moments import Projection, carry_moments, image_for, project
 from .oialr_ranks import Spectrum
 from .oialr_sharded import shard_like, unsharded
 from .sharded import as_sharded
@@ -55,6 +58,7 @@ class SettlingLayer:
         streak: checks in a row with at least the threshold.
         lost: energy that cuts have taken away.
         ranks: of the core, (step, rank) wherever it changed; the first when the layer converted.
+        follow: told, as `Method.follow` says, of what trains in the weight's place.
     """
 
     def __init__(self, chosen: Candidate) -> None:
@@ -64,6 +68,7 @@ class SettlingLayer:
         self.streak = 0
         self.lost = 0.0
         self.ranks: list[tuple[int, int]] = []
+        self.follow: Callable[[str, str, Callable[[Tensor], Tensor]], None] | None = None
         self._basis: Tensor | None = None  # the polar factor at the last check
 
     @property
@@ -92,16 +97,20 @@ class SettlingLayer:
     def measure(self) -> Tensor:
         """The stability since the last check, a float64 scalar; NaN at the first. The basis now is kept.
 
+        Of a grouped convolution it is the mean over groups, each of which has a basis of its own to freeze.
+
         Raises:
             NumericsError: a value that is not finite.
         """
         weight = flatten(whole(self.trained).detach())
         if not bool(torch.isfinite(weight).all()):
             raise NumericsError(f"layer {self.name} has values that are not finite")
-        now = polar_factor(weight).factor
-        before, self._basis = self._basis, as_sharded(now, self.trained)
-        value = float("nan") if before is None else factor_stability(whole(before), now)
-        return torch.tensor(value, dtype=torch.float64, device=now.device)
+        now = [polar_factor(each).factor for each in weight.chunk(self.form.groups)]
+        before, self._basis = self._basis, as_sharded(torch.cat(now), self.trained)
+        value = float("nan")
+        if before is not None:
+            value = fmean(map(factor_stability, whole(before).chunk(self.form.groups), now))
+        return torch.tensor(value, dtype=torch.float64, device=weight.device)
 
     def note(self, stability: float, threshold: float) -> None:
         """Take a measured stability in."""
@@ -121,7 +130,14 @@ class SettlingLayer:
 
         Returns:
             The singular values, the diagonal of the core; None on the meta device.
+
+        Raises:
+            TargetError: a hook or a forward that the layer was given since it was chosen, and its new form would lack.
         """
+        try:
+            matricization(self.module)
+        except TargetError as error:
+            raise TargetError(f"layer {self.name!r} is {error.message}", hint="leave it out of targets") from error
         old = self.trained
         if old.is_meta:
             self._replace(model, basis_layer(self.module))
@@ -148,6 +164,9 @@ class SettlingLayer:
     ) -> None:
         """Let a layer stand in the model, and its core train in place of `old`; sharded alike."""
         shard_like(layer, old)
+        if self.follow is not None:
+            kind = "M" if self.converted else "weight"
+            self.follow(f"{self.name}.{kind}", f"{self.name}.M", lambda value: image_for(layer.M, value, image))
         if optimizer is not None:
             carry_moments(optimizer, old, layer.M, image, moments)
             bias = self.module._parameters.get("bias")

@@ -18,7 +18,7 @@ from .basis_layers import BasisLayer
 from .oialr_layer import SettlingLayer, from_first
 from .oialr_moments import MOMENTS
 from .oialr_ranks import CUTS, active_layers, cut_ranks
-from .oialr_select import basis_candidates
+from .oialr_select import basis_candidates, refused_layers
 from .projected_attention import open_attention
 
 __all__ = ["OIALR", "oialr"]
@@ -32,6 +32,7 @@ class OIALR:
     Attributes:
         layers: in model order.
         opened: attention modules that were opened, by name.
+        refused: layers that "auto" left dense for what they are, and why.
         steps: done.
     """
 
@@ -66,14 +67,15 @@ class OIALR:
         self.cut, self.beta, self.order, self.share, self.moments = cut, beta, order, share, moments
         self._first = (delay or every) if when == "step" else (start_after or every)
         self.opened = open_attention(model)
-        chosen = basis_candidates(model, targets, keep_first=keep_first, keep_last=keep_last)
+        ends = {"keep_first": keep_first, "keep_last": keep_last}
+        chosen, self.refused = basis_candidates(model, targets, **ends), refused_layers(model, targets, **ends)
         self.layers = [SettlingLayer(each) for each in chosen]
         if optimizer is not None and not self._held_by(optimizer):
             raise UsageError("the optimizer holds none of the model's weights", hint="make it of model.parameters()")
         self.trained_before = sum(each.numel() for each in model.parameters() if each.requires_grad)
         self.steps = 0
         if when == "step" and not delay:
-            for layer in self.layers:
+            for layer in self.layers if optimizer is None else self._held_by(optimizer):
                 layer.convert(model, optimizer, moments)
                 layer.ranks.append((0, min(layer.form.rows, layer.form.cols)))
 
@@ -186,6 +188,7 @@ def oialr(model: nn.Module, optimizer: torch.optim.Optimizer, **settings: Any) -
         model: changed in place, attention of torch opened into layers at once, others when they settle. DDP's wrapper,
             if there is one, is made afterwards, and anew whenever `step()` returns True.
         optimizer: of the model's parameters: SGD, Adam and their kin; it goes on with the cores in the weights' place.
+            What it knows of a weight begins anew where that has no image for a core, as Adafactor's rows and columns.
         **settings: `targets` "auto" or globs; `when` "stable": a layer converts when its measured stability was at
             least `threshold` at `patience` checks in a row, or "step": all convert after `delay` steps; checks come
             `every` so many steps, in "stable" from `start_after` on; `cut` "relative" (singular values below `beta`
@@ -198,7 +201,8 @@ def oialr(model: nn.Module, optimizer: torch.optim.Optimizer, **settings: Any) -
         The object to call `.step()` on; `.converted` has the layers by name.
 
     Raises:
-        TargetError: no layer to work on.
+        TargetError: no layer to work on, or a layer with a hook or a forward of its own, which a core would not have;
+            `step()` too, where it was given one later.
         UsageError: a wrong setting, or an optimizer of other parameters.
 
     Cost: a check measures by one eigenproblem a layer, or cuts by the SVD of its core; a step below break-even is

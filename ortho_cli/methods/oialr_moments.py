@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from .adapter_layer import whole
 from .sharded import as_sharded
 
-__all__ = ["MOMENTS", "Projection", "carry_moments", "project"]
+__all__ = ["MOMENTS", "Projection", "carry_moments", "image_for", "project"]
 
 MOMENTS = ("rotate", "zero")
-# State of torch's optimizers and ours that is an average of gradients, or of their squares; the rest of a weight's
-# shape (Adamax's maximum, for one) has no image and starts anew.
-AVERAGES = frozenset({"exp_avg", "momentum_buffer", "grad_avg"})
-SQUARES = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"})
+# State of torch's optimizers and ours that is an average of gradients, or of squares of gradients or steps. The mean
+# that a centred RMSprop subtracts is none of it: the images of both do not leave a variance that is positive.
+AVERAGES = frozenset({"exp_avg", "momentum_buffer"})
+SQUARES = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum", "acc_delta"})
 
 Projection = Callable[[Tensor, bool], Tensor]
 
@@ -44,6 +44,12 @@ def project(left: Tensor, matrix: Tensor, right: Tensor, *, squared: bool = Fals
     return left.mT @ matrix.to(left.dtype) @ right.mT
 
 
+def image_for(new: Tensor, value: Tensor, image: Projection, *, squared: bool = False) -> Tensor:
+    """The image of what belongs to a parameter, in its own dtype, of the new one's shape and sharded as that is."""
+    found = image(whole(value), squared)
+    return as_sharded(found.reshape(new.shape).to(value.dtype).contiguous(), new)
+
+
 @torch.no_grad()
 def carry_moments(
     optimizer: torch.optim.Optimizer, old: nn.Parameter, new: nn.Parameter, image: Projection, moments: str = "rotate"
@@ -51,7 +57,9 @@ def carry_moments(
     """Let an optimizer train one parameter in the other's place, in the same group.
 
     Args:
-        optimizer: any; its groups and its state are changed in place.
+        optimizer: any that makes a parameter's state when it first meets it; its groups and its state are changed in
+            place. State with anything in it that has no image (Adamax's maximum, Adafactor's rows and columns, Rprop's
+            step sizes, 8-bit codes) begins anew as a whole: parts of it would not fit the rest.
         old: that it holds.
         new: that it will hold.
         image: (whole moment of `old`, whether it is one of squares) -> moment of `new`.
@@ -60,15 +68,17 @@ def carry_moments(
     for group in optimizer.param_groups:
         group["params"][:] = [new if each is old else each for each in group["params"]]
     state = optimizer.state.pop(old, {})
-    if moments == "zero" or not state:
+    averages = {key: value for key, value in state.items() if _is_average(key, value, old)}
+    counters = {key: value for key, value in state.items() if _is_counter(value)}
+    if moments == "zero" or not state or len(averages) + len(counters) < len(state):
         return
-    carried = {}
-    for key, value in state.items():
-        if not isinstance(value, Tensor) or value.shape != old.shape:
-            carried[key] = value
-        elif key in AVERAGES | SQUARES:
-            moment = image(whole(value), key in SQUARES)
-            carried[key] = as_sharded(moment.reshape(new.shape).to(value.dtype).contiguous(), new)
-        else:
-            carried[key] = as_sharded(whole(value).new_zeros(new.shape), new)
-    optimizer.state[new] = carried
+    images = {key: image_for(new, value, image, squared=key in SQUARES) for key, value in averages.items()}
+    optimizer.state[new] = {**counters, **images}
+
+
+def _is_average(key: str, value: object, of: Tensor) -> bool:
+    return key in AVERAGES | SQUARES and isinstance(value, Tensor) and value.shape == of.shape
+
+
+def _is_counter(value: object) -> bool:
+    return value is None or isinstance(value, (int, float)) or (isinstance(value, Tensor) and not value.dim())

@@ -13,7 +13,7 @@ from .factorized_base import matricization
 from .factorized_select import Candidate, candidates, select_candidates
 from .inject import named_layers
 
-__all__ = ["basis_candidates"]
+__all__ = ["basis_candidates", "refused_layers"]
 
 THIN = 10  # a matrix with a side so many times the other's has next to no basis to find
 
@@ -41,6 +41,11 @@ def basis_candidates(
     >>> [layer.name for layer in basis_candidates(model)], [layer.name for layer in basis_candidates(model, ["*"])]
     (['0', '1'], ['0', '1'])
     """
+    if isinstance(model, nn.MultiheadAttention) or "" in named_layers(model):
+        raise TargetError(
+            f"a {type(model).__name__} as the whole model: its layers are replaced inside one",
+            hint="wrap it in an nn.Sequential",
+        )
     kept = _ends(model, keep_first, keep_last)
     if targets == "auto" or list(targets) == ["auto"]:
         found = [each for each in candidates(model)[0] if _obstacle(each.module) is None and not _is_thin(each.module)]
@@ -59,6 +64,19 @@ def basis_candidates(
             f"no layer of a {type(model).__name__} has a basis to freeze", hint="name layers in targets; see keep_last"
         )
     return chosen
+
+
+def refused_layers(
+    model: nn.Module, targets: str | Sequence[str] = "auto", *, keep_first: bool = False, keep_last: bool = True
+) -> dict[str, str]:
+    """The layers that "auto" would take but for what they are (weight-normed, tied, hooked): names, and the reasons."""
+    if targets != "auto" and list(targets) != ["auto"]:
+        return {}
+    kept = _ends(model, keep_first, keep_last)
+    return {
+        name: reason for name, reason in candidates(model)[1].items()
+        if name not in kept and not isinstance(model.get_submodule(name), nn.Embedding)
+    }  # fmt: skip
 
 
 def _ends(model: nn.Module, first: bool, last: bool) -> set[str]:

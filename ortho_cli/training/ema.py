@@ -5,7 +5,7 @@ The statistics of batch norm are averaged with them: those of other weights woul
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -46,6 +46,12 @@ class Average:
             torch._foreach_lerp_(held, [weights[name] for name in known], 1 - self.decay)
         averaged = dict(zip(known, held, strict=True))
         self.values = {name: averaged[name] if name in averaged else weights[name].clone() for name in weights}
+
+    @torch.no_grad()
+    def carry(self, old: str, new: str, image: Callable[[Tensor], Tensor]) -> None:
+        """Let the average of a parameter go on as that of one in its place, by name; `image` is what it becomes."""
+        if old in self.values:
+            self.values[new] = image(self.values.pop(old))
 
     @contextmanager
     def swapped(self, model: nn.Module) -> Iterator[None]:

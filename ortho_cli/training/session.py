@@ -148,6 +148,9 @@ def open_session(recipe: Any, accelerator: Accelerator | None = None, *, judging
     check_best(recipe, task)
     schedule = build_schedule(recipe.schedule, total, steps_per_epoch)
     average = Average(recipe.train.ema, task.judged) if recipe.train.ema is not None else None
+    if average is not None:
+        for method in methods:
+            method.follow(average.carry)
     session = Session(recipe, accelerator, task, model, methods, steps_per_epoch, total, schedule, average)
     session.notes += [f"{method.name}: {note}" for method in methods for note in getattr(method, "notes", ())]
     session.notes += [f"model: {note}" for note in getattr(model, "notes", ())]

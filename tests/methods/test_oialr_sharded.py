@@ -15,6 +15,7 @@ from ortho_cli.methods.basis_layers import BasisLayer
 from ortho_cli.methods.method import Context
 from ortho_cli.methods.oialr import OIALRMethod
 from ortho_cli.recipe.methods import OIALR
+from ortho_cli.training.ema import Average
 from ortho_cli.training.optimizers import clip_gradients
 from ortho_cli.training.snapshot import capture
 
@@ -57,11 +58,13 @@ def made(name: str) -> tuple[Net, OIALRMethod]:
 
 
 def trained(model: nn.Module, method: OIALRMethod, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
-    """Everything that a checkpoint of the end holds: weights, moments and bases to compare with."""
+    """Everything that a checkpoint of the end holds: weights, their averages, moments and bases to compare with."""
     training = [each for each in model.parameters() if each.requires_grad]
     # A key's bias has no gradient but rounding, which Adam would make steps of.
     attends = isinstance(model, Net) and model.attention is not None
     optimizer = torch.optim.SGD(training, 0.1, 0.9) if attends else torch.optim.AdamW(training, 1e-2)
+    average = Average(0.5)
+    method.follow(average.carry)
     for step in range(STEPS):
         optimizer.zero_grad()
         inputs = torch.randn(32, 18, generator=torch.Generator().manual_seed(step))[rank::world]
@@ -70,6 +73,7 @@ def trained(model: nn.Module, method: OIALRMethod, rank: int = 0, world: int = 1
         optimizer.step()
         again = method.after_step(model, optimizer, step, "train")
         assert not (again and world > 1)  # all is sharded as it was: nothing to prepare
+        average.update(model)
     held = {id(each) for group in optimizer.param_groups for each in group["params"]}
     assert (
         held
@@ -80,7 +84,10 @@ def trained(model: nn.Module, method: OIALRMethod, rank: int = 0, world: int = 1
         moments = [state[key] for key in state if key != "step"]
         assert moments and all(type(moment) is type(parameter.data) for moment in moments)
     snapshot = capture(model, {"train": optimizer}, [method], {}, keep=True)
-    return {**snapshot.model, **snapshot.moments}
+    with average.swapped(model):
+        judged = capture(model, {}, [], {}, keep=True).model
+        averages = {f"averaged.{name}": value.clone() for name, value in judged.items()}
+    return {**snapshot.model, **snapshot.moments, **averages}
 
 
 def sharded(model: Net, layout: str) -> nn.Module:

@@ -132,6 +132,29 @@ def test_recorded_stability_is_that_of_the_checkpoints(tmp_path: Path) -> None:
     assert factored  # a layer that has become a product is compared by it
 
 
+def test_averages_follow_the_basis(tmp_path: Path) -> None:
+    """At the step that converts and cuts, a core's average is the image of the dense weight's; so it goes on."""
+    saved = {}
+    for name, methods in (("dense", "[]"), ("ours", f"[{STEP}]")):
+        sections = {
+            "train": "{steps: 16, ema: 0.9, threads: 1}",
+            "run": "{dir: FOLDER, save_every_steps: 9, keep: all}",
+        }
+        outcome = train(load_train(write(tmp_path, name, methods=methods, optimizer=SGD, model=MODEL, **sections)))
+        folder = tmp_path / name / "checkpoints/step-000009"
+        saved[name] = [load_file(folder / f"{file}.safetensors") for file in ("model", "ema")]
+    (weights, averages), (_, dense) = saved["ours"], saved["dense"]
+    cores = [name for name in averages if name.endswith(".M")]
+    assert len(cores) == 2
+    for name in cores:
+        layer = name.removesuffix(".M")
+        image = weights[f"{layer}.U"].mT @ dense[f"{layer}.weight"] @ weights[f"{layer}.VT"].mT
+        assert torch.allclose(averages[name], image, atol=1e-5)
+        assert (averages[name] - weights[name]).norm() > 0.01 * weights[name].norm()
+    judged = evaluate_run(tmp_path / "ours", checkpoint="last")  # after a further cut, read back from the file
+    assert judged.metrics["accuracy"] == outcome.metrics["eval/accuracy"]
+
+
 def test_nothing_converted_is_said(tmp_path: Path) -> None:
     methods = "[{name: oialr, every: 5, threshold: 1.0, patience: 2}, {name: track_stability, every: 50}]"
     outcome = train(load_train(write(tmp_path, "run", methods=methods, optimizer=SGD, train="{steps: 20, threads: 1}")))
