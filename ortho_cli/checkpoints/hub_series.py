@@ -18,7 +18,7 @@ from ortho_cli.errors import CheckpointError, UsageError
 from .checkpoint import Checkpoint, WeightFile
 from .header import MAX_HEADER_BYTES, parse_header, printable
 from .hub import choose_files, hub_failures, parse_hub_id, reason_of
-from .series import Entry, last_number, open_entry
+from .series import Entry, in_order, open_entry, step_in_name
 from .tensors import TORCH_DTYPES, TensorInfo
 
 if TYPE_CHECKING:
@@ -35,10 +35,10 @@ def open_revisions(source: str, pattern: str) -> list[Entry]:
         pattern: a glob over branches and tags, as `step*`.
 
     Returns:
-        By the last number in their names.
+        By the steps in their names.
 
     Raises:
-        UsageError: no hub id, or revisions without numbers.
+        UsageError: no hub id, revisions without numbers, or two of one step.
         CheckpointError: the hub or the cache has none of them.
 
     Cost: a few kilobytes each.
@@ -61,7 +61,7 @@ def open_revisions(source: str, pattern: str) -> list[Entry]:
                 hint=f"there are: {', '.join(sorted(revisions)[:6])}" if revisions else "unset HF_HUB_OFFLINE to fetch",
             )
         for name in chosen:
-            if last_number(name) is None:
+            if step_in_name(name) is None:
                 raise UsageError(f"revision {printable(name)} has no number: a series is ordered by steps")
         entries = [_open(hub.repo, name, commit, offline=offline) for name, commit in chosen.items()]
     except hub_failures() as error:
@@ -69,7 +69,7 @@ def open_revisions(source: str, pattern: str) -> list[Entry]:
             f"{hub} cannot be read: {reason_of(error)}",
             hint="check the name and your token (`ortho doctor`), or set HF_HUB_OFFLINE=1 for what the cache holds",
         ) from error
-    return sorted(entries, key=lambda entry: entry.step or 0)
+    return in_order(entries)
 
 
 def _refs(repo: str) -> dict[str, str]:
@@ -93,9 +93,9 @@ def _cached_refs(repo: str) -> dict[str, str]:
 def _open(repo: str, name: str, commit: str, *, offline: bool) -> Entry:
     local = None if offline else _remote(repo, commit)
     if local is not None:
-        return Entry(last_number(name), printable(name), local, _read_range)
+        return Entry(step_in_name(name), printable(name), local, _read_range)
     entry = open_entry(f"{repo}@{commit}")
-    return Entry(last_number(name), printable(name), entry.checkpoint)
+    return Entry(step_in_name(name), printable(name), entry.checkpoint)
 
 
 def _remote(repo: str, commit: str) -> Checkpoint | None:

@@ -1,7 +1,7 @@
 """A series: the checkpoints that one training left behind, in the order of their steps; headers only.
 
 It is a run of `ortho train`, a folder whose children are checkpoints, a glob, several of these, or revisions of a
-repository on the hub (`hub_series.py`). The order is that of `state.json`'s step, else of the last number in the name.
+repository on the hub (`hub_series.py`). The order is that of `state.json`'s step, else of the step in the name.
 """
 
 from __future__ import annotations
@@ -25,12 +25,14 @@ from .tensors import TensorInfo
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Entry", "last_number", "open_entry", "open_series", "read_stored"]
+__all__ = ["Entry", "in_order", "open_entry", "open_series", "read_stored", "step_in_name"]
 
 MARKS = (
     "model_index.json", "adapter_config.json", "pytorch_model.bin",
     *(f"{stem}.{end}" for stem in STEMS for end in ("safetensors", "safetensors.index.json", "bin")),
 )  # fmt: skip
+# What trainers count, the finest first; with the number right behind it.
+COUNTED = tuple(rf"(?<![a-z]){word}[-_=]?(\d+)" for word in ("steps?", "iter(?:ation)?", "checkpoint", "epoch"))
 RUN_STEPS = "checkpoints"  # the folder of a run that holds its states, each `step-000500`
 
 
@@ -83,32 +85,43 @@ def open_series(sources: Sequence[str]) -> list[Entry]:
                 hint="a series is ordered by steps: name its checkpoints so, e.g. step-000500.safetensors",
             )
         entries.append(entry)
-    entries.sort(key=lambda entry: (entry.step or 0, entry.name))
-    for first, second in pairwise(entries):
+    return in_order(entries)
+
+
+def in_order(entries: Sequence[Entry]) -> list[Entry]:
+    """Sort checkpoints by their steps.
+
+    Raises:
+        UsageError: two of one step.
+    """
+    found = sorted(entries, key=lambda entry: (entry.step or 0, entry.name))
+    for first, second in pairwise(found):
         if first.step == second.step:
             raise UsageError(
                 f"{printable(first.name)} and {printable(second.name)} are both of step {first.step}",
                 hint="name the checkpoints of one training",
             )
-    return entries
+    return found
 
 
 def open_entry(place: str | Path) -> Entry:
     """Open one checkpoint, and find its step where something tells it."""
     checkpoint = open_checkpoint(place)
     path = Path(place)
-    name = path.name if last_number(path.stem) is not None or path.is_dir() else f"{path.parent.name}/{path.name}"
+    name = path.name if step_in_name(path.stem) is not None or path.is_dir() else f"{path.parent.name}/{path.name}"
     return Entry(_step(path), printable(name), checkpoint)
 
 
-def last_number(name: str) -> int | None:
-    """The last number in a name.
+def step_in_name(name: str) -> int | None:
+    """The number behind `step`, `iter`, `checkpoint` or `epoch` in a name, else its last one.
 
-    >>> last_number("resnet50-epoch_004"), last_number("best")
-    (4, None)
+    >>> step_in_name("step1000-tokens4B"), step_in_name("resnet50-v2.1"), step_in_name("best")
+    (1000, 1, None)
     """
-    found = re.findall(r"\d+", name)
-    return int(found[-1]) if found else None
+    for pattern in (*COUNTED, r"(\d+)"):
+        if found := re.findall(pattern, name, re.IGNORECASE):
+            return int(found[-1])
+    return None
 
 
 def _step(path: Path) -> int | None:
@@ -120,8 +133,8 @@ def _step(path: Path) -> int | None:
         step = read_json(state).get("step")
         if isinstance(step, int) and not isinstance(step, bool):
             return step
-    number = last_number(path.name if path.is_dir() else path.stem)
-    return last_number(folder.name) if number is None and own else number
+    number = step_in_name(path.name if path.is_dir() else path.stem)
+    return step_in_name(folder.name) if number is None and own else number
 
 
 def _places(source: str) -> Iterator[str]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ortho_cli.checkpoints.factored import factored_config
 from ortho_cli.checkpoints.hub_series import open_revisions
-from ortho_cli.checkpoints.series import open_entry, open_series
+from ortho_cli.checkpoints.series import open_entry, open_series, step_in_name
 from ortho_cli.checkpoints.series_layers import read_flat, series_layers
 from ortho_cli.errors import CheckpointError, TargetError, UsageError
 from ortho_cli.linalg.matricize import Matricization
@@ -248,6 +248,22 @@ def test_revisions_of_the_cache(hub_home: Path, save: Save) -> None:
     for source in ("folder", "org/name@main"):
         with pytest.raises(UsageError, match="asks for a repository"):
             open_revisions(source, "*")
+
+
+def test_revisions_are_ordered_by_their_steps(hub_home: Path, save: Save) -> None:
+    """As OLMo names them: with the tokens behind the steps, and in stages that begin anew."""
+    model = hub_home / "models--org--name"
+    names = ("step1000-tokens4B", "step500-tokens20B", "stage1-step7-tokens1B", "stage2-step7-tokens1B", "step-07")
+    for number, name in enumerate(names):
+        commit = f"{number:040x}"
+        save(model / "snapshots" / commit / "model.safetensors", WEIGHT)
+        (model / "refs").mkdir(exist_ok=True)
+        (model / "refs" / name).write_text(commit)
+    assert [entry.step for entry in open_revisions("org/name", "step?*-tokens*")] == [500, 1000]
+    with pytest.raises(UsageError, match="stage1-step7-tokens1B and stage2-step7-tokens1B are both of step 7"):
+        open_revisions("org/name", "stage*")
+    steps = {"epoch_3-step_20": 20, "iter_0001000-v2": 1000, "multistep2-ep50": 50, "checkpoint-30-ema2": 30}
+    assert {name: step_in_name(name) for name in steps} == steps
 
 
 class Hub(ThreadingHTTPServer):
