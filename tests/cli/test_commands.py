@@ -306,6 +306,7 @@ def test_a_limit_is_refused_before_the_comparison(base: Path, monkeypatch: pytes
     assert ortho("inspect", base, "--diff", base, "--fail-above", "-1")[0] == 2
 
 
+@pytest.mark.slow
 def test_the_benchmark_measures_every_command(base: Path) -> None:
     code, out, _ = ortho("bench", "surgery", base, "--rounds", 1, "--json")
     found = {entry["name"]: entry for entry in json.loads(out)["details"]}

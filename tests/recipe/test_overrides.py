@@ -133,7 +133,7 @@ def test_both_kinds_of_place_in_one_error(tmp_path: Path) -> None:
         load_train(path, ["methods=[{name: hra, rank: 7}]"])
     assert caught.value.message.splitlines() == [
         "--set methods: methods.0.rank: must be even to start as the identity, found 7; take 6 or 8",
-        f"{path}:2: task.name: 'x' is none of classify, forecast",
+        f"{path}:2: task.name: 'x' is none of classify, forecast, gan",
     ]
     assert caught.value.where == "--set methods"
 

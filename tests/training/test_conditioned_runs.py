@@ -36,6 +36,7 @@ SHORT = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("methods", "optimizer"), [
     (ALL, SGD), pytest.param(f"[{SOC}, {OLR}, {AFTER}]", ADAMW, marks=pytest.mark.slow),
 ])  # fmt: skip

@@ -26,6 +26,7 @@ PLAIN = {"train": "{epochs: 2, seed: 0, threads: 1}", "schedule": "{name: consta
 NORM = "method/factorized/product_norm"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", [SGD, pytest.param("{name: adamw, lr: 1e-3}", marks=pytest.mark.slow)])
 def test_killed_and_resumed(optimizer: str, tmp_path: Path) -> None:
     sections = {"methods": FACTORED, "optimizer": optimizer}

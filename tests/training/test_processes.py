@@ -107,6 +107,7 @@ def test_a_stopped_launcher_leaves_a_state_to_go_on_from(tmp_path: Path) -> None
     assert checkpoint_steps(tmp_path / "run")[-1] == steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["shapes", pytest.param("phases", marks=pytest.mark.slow)])
 def test_shapes_and_phases_in_two_processes(what: str, tmp_path: Path) -> None:
     """A new wrapper when a method changed shapes, and only then; gradients of each phase are averaged."""
