@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from math import hypot
 from pathlib import Path
 
+from ortho_cli.checkpoints import layouts
 from ortho_cli.checkpoints.adapters import Adapter
 from ortho_cli.checkpoints.factored import factored_layers
+from ortho_cli.checkpoints.fingerprint import base_fingerprint
 from ortho_cli.checkpoints.store import Checkpoint, open_checkpoint
 from ortho_cli.errors import TargetError, UsageError
 
@@ -136,6 +138,7 @@ def plan_inverse(
             "into its weights",
             hint=f"take it out: ortho convert {merged.root.name} --to {'base' if has_hra(merged) else 'dense'} -o OUT",
         )
+    _refuse_base(merged, adapters)
     changes = reversals_of(merged, adapters, strengths)
     options: dict[str, object] = {"strength": list(strengths.values), "exact": exact, "max_shard_size": max_shard_size}
     metadata = provenance("unmerge", [merged.source.rstrip("/"), *spelled(adapters, strengths)], options)
@@ -148,6 +151,23 @@ def plan_inverse(
         "strengths; merge with --keep-undo to restore every byte"
     )
     return plan
+
+
+def _refuse_base(merged: Checkpoint, adapters: Sequence[Adapter]) -> None:
+    """Refuse a checkpoint that is the base an adapter was made for, unchanged: there is nothing to undo in it.
+
+    Raises:
+        TargetError: naming the adapter.
+    """
+    index = layouts.LayerIndex(merged.layers(), merged.layout)
+    for adapter in adapters:
+        recorded = adapter.metadata.get("ortho.base_fingerprint")
+        native = index.resolve_all(list(adapter.layers)) if recorded else {}
+        if recorded and recorded == base_fingerprint(merged, native.values()):
+            raise TargetError(
+                f"{merged.root.name} is the base that {adapter.path.name} was made for: it was not merged into it",
+                hint="name the merged file; what it differs by: ortho inspect BASE --diff MERGED",
+            )
 
 
 def expected_error(dtype: str, *, exact: bool = False) -> float:

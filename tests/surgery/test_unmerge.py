@@ -374,6 +374,19 @@ class TestInverses:
             with pytest.raises(TargetError, match=reason):
                 unmerge(tmp_path / "m.safetensors", adapter, tmp_path / "b.safetensors")
 
+    def test_the_base_of_an_adapter_is_not_unmerged(self, tmp_path: Path) -> None:
+        base, folder = tmp_path / "base.safetensors", tmp_path / "made"
+        save_file(model(), base)
+        add_hra(base, folder, rank=2, targets=["net.q"])
+        weights = folder / "adapter_model.safetensors"
+        own, moved = metadata(weights), {name: torch.randn_like(tensor) for name, tensor in read(folder).items()}
+        save_file(moved, weights, own)
+        with pytest.raises(TargetError, match="is the base that made was made for: it was not merged into it"):
+            unmerge(base, [folder], tmp_path / "out.safetensors")
+        merge(base, folder, tmp_path / "merged.safetensors")
+        unmerge(tmp_path / "merged.safetensors", [folder], tmp_path / "out.safetensors")
+        assert relative_error(read(tmp_path / "out.safetensors")["net.q.weight"], model()["net.q.weight"]) < 1e-6
+
     def test_a_checkpoint_with_its_adapter_inside(self, tmp_path: Path) -> None:
         save_file(model(), tmp_path / "plain.safetensors")
         add_hra(
