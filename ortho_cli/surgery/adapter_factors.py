@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from typing import TYPE_CHECKING
 
 from ortho_cli.checkpoints import layouts
@@ -25,7 +26,16 @@ if TYPE_CHECKING:
 
     from ortho_cli.linalg.operator import Operator
 
-__all__ = ["NamedLayer", "is_span", "kernel_of", "lora_factors", "reflection_factor", "with_strengths"]
+__all__ = [
+    "NamedLayer",
+    "is_span",
+    "kernel_of",
+    "lora_factors",
+    "lora_shapes",
+    "low_rank_blocks",
+    "reflection_factor",
+    "with_strengths",
+]
 
 
 @dataclass(frozen=True)
@@ -122,12 +132,17 @@ def lora_factors(adapter: Adapter, layer: NamedLayer) -> tuple[Factor, Factor]:
     rank = layer.layer.rank if layer.layer.kind in ("hra", "lora") else adapter.operator(layer.name).rank
     if rank is None:
         raise TargetError(f"layer {layer.name} ({layer.layer.kind}) has full rank; a LoRA would be no smaller than it")
-    kernel = kernel_of(layer)
-    up_shape = (rows, rank) if not kernel else (rows, rank, 1, 1)
-    down_shape = (rank, columns) if not kernel else (rank, columns // (kernel[0] * kernel[1]), *kernel)
+    up_shape, down_shape = lora_shapes(rows, columns, rank, kernel_of(layer))
     up = Factor(up_shape, lambda: _up(adapter, layer, rows, columns).reshape(up_shape))
     down = Factor(down_shape, lambda: _down(adapter, layer, rows, columns).reshape(down_shape))
     return up, down
+
+
+def lora_shapes(rows: int, columns: int, rank: int, kernel: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Of up and down on a weight seen as ``(rows, columns)``; a convolution has a kernel."""
+    if not kernel:
+        return (rows, rank), (rank, columns)
+    return (rows, rank, 1, 1), (rank, columns // prod(kernel), *kernel)
 
 
 def kernel_of(layer: NamedLayer) -> tuple[int, ...]:
@@ -177,7 +192,15 @@ def _low_rank(adapter: Adapter, layer: NamedLayer, rows: int, columns: int) -> I
     if layer.weight is None:
         yield operator.as_low_rank(torch.zeros((), dtype=torch.float64).expand(rows, columns))
         return
+    for up, down in low_rank_blocks(operator, layer.weight, columns):
+        yield _padded(up, down, whole.rank)
+
+
+def low_rank_blocks(operator: Operator, weight: TensorInfo, columns: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Rows of B, and A, of an operator on a stored weight, in float64, block by block of the weight's rows."""
+    import torch
+
     with TensorReader() as reader:
-        for block in row_blocks(layer.weight, operator.row_multiple):
-            weight = reader.read(layer.weight, block).to(torch.float64).reshape(block.stop - block.start, columns)
-            yield _padded(*operator.as_low_rank(weight, block.start), whole.rank)
+        for block in row_blocks(weight, operator.row_multiple):
+            rows = reader.read(weight, block).to(torch.float64).reshape(block.stop - block.start, columns)
+            yield operator.as_low_rank(rows, block.start)

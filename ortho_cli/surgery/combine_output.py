@@ -6,20 +6,17 @@ from collections.abc import Callable, Mapping
 from math import prod
 from typing import TYPE_CHECKING
 
-from ortho_cli.checkpoints.reading import TensorReader, row_blocks
 from ortho_cli.checkpoints.store import Checkpoint
 from ortho_cli.checkpoints.tensors import TensorInfo
 from ortho_cli.errors import TargetError
 
-from .adapter_factors import kernel_of
+from .adapter_factors import kernel_of, lora_shapes, low_rank_blocks
 from .adapter_folder import AdapterFiles, Factor, hra_folder, lora_folder
 from .combine_layers import Combined
 from .combine_parts import Gathered, Part
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from ortho_cli.linalg.rotation import LowRankRotation
 
 __all__ = ["adapter_files", "settled"]
 
@@ -88,9 +85,7 @@ class _Pair:
 def _factors(part: Part, found: Combined) -> tuple[Factor, Factor]:
     """B and A of one layer; those of a rotation are made from the base's weight when the plan runs."""
     rows, columns = part.shape[0], prod(part.shape[1:])
-    rank, kernel = max(1, found.rank), kernel_of(part.layer)
-    up = (rows, rank, 1, 1) if kernel else (rows, rank)
-    down = (rank, columns // prod(kernel), *kernel) if kernel else (rank, columns)
+    up, down = lora_shapes(rows, columns, max(1, found.rank), kernel_of(part.layer))
     pair = _Pair(lambda: _product(part.layer.weight, found, rows, columns))
     return Factor(up, lambda: pair.take(0).reshape(up)), Factor(down, lambda: pair.take(1).reshape(down))
 
@@ -103,17 +98,6 @@ def _product(weight: TensorInfo | None, found: Combined, rows: int, columns: int
     pairs = [] if found.factors is None else [found.factors]
     if found.rotation is not None and found.rotation.rank:
         assert weight is not None
-        pairs.insert(0, _rotated(weight, found.rotation.to(torch.float64), columns))
+        blocks = list(low_rank_blocks(found.rotation.to(torch.float64), weight, columns))
+        pairs.insert(0, (torch.cat([up for up, _ in blocks]), blocks[0][1]))
     return torch.cat([up for up, _ in pairs], dim=1), torch.cat([down for _, down in pairs])
-
-
-def _rotated(info: TensorInfo, rotation: LowRankRotation, columns: int) -> tuple[Tensor, Tensor]:
-    """The exact B and A of a rotation on a weight, whose rows are read in blocks."""
-    import torch
-
-    with TensorReader() as reader:
-        blocks = []
-        for block in row_blocks(info, rotation.row_multiple):
-            weight = reader.read(info, block).to(torch.float64).reshape(block.stop - block.start, columns)
-            blocks.append(rotation.as_low_rank(weight, block.start))
-    return torch.cat([up for up, _ in blocks]), blocks[0][1]
