@@ -10,7 +10,7 @@ from pydantic import Field
 from ortho_cli.recipe.section import Count, Positive, Rejection, Section, Share, Text
 
 __all__ = [
-    "MLP", "VGG", "EigenGAN", "Forecaster", "HFImage", "Model", "ResNet", "ResNet32x2", "SimpleGAN",
+    "MLP", "VGG", "Architecture", "EigenGAN", "Forecaster", "HFImage", "Model", "ResNet", "ResNet32x2", "SimpleGAN",
     "SmallStemResNet", "Timm", "VitB16", "VitMini", "WideResNet",
 ]  # fmt: skip
 
@@ -25,7 +25,14 @@ Width = Annotated[Count, Field(description="Width of a token.")]
 QKVBias = Annotated[bool, Field(description="Biases in the query, key and value projections.")]
 
 
-class _Pictures(Section):
+class Architecture(Section):
+    """What the `model` section names."""
+
+    is_its_base: ClassVar[bool] = False
+    """Whether the builder reads `model.base` itself, because the architecture is the base's."""
+
+
+class _Pictures(Architecture):
     """A model of pictures."""
 
     kind: ClassVar[str] = "pictures"
@@ -84,7 +91,7 @@ class WideResNet(_Pictures):
             yield ("depth",), f"must be 6n + 4 (10, 16, 22, 28, 40 ...), found {self.depth}"
 
 
-class _Transformer(Section):
+class _Transformer(Architecture):
     """What all transformers have."""
 
     name: str
@@ -140,6 +147,7 @@ class MLP(_Pictures):
 class HFImage(_Pictures):
     """Any image classifier of transformers (AutoModelForImageClassification)."""
 
+    is_its_base: ClassVar[bool] = True
     name: Literal["hf-image"] = Field(description="The architecture is the base's.")
     base: Text = Field(description="A transformers folder or hub id.")
 
@@ -167,7 +175,7 @@ class Forecaster(_Transformer):
     )
 
 
-class _Generating(Section):
+class _Generating(Architecture):
     """A generator of pictures, and a discriminator."""
 
     kind: ClassVar[str] = "generating pictures"

@@ -184,7 +184,7 @@ def build_model(recipe: Any, task: Any, *, judging: bool = False) -> tuple[nn.Mo
     """
     model: nn.Module = task.build_model(recipe.model)
     left_over: list[str] = []
-    if recipe.model.name == "hf-image":  # is its base, and loads it itself, but for an adapter that the base holds
+    if recipe.model.is_its_base:  # and has loaded it, but for an adapter that the base holds
         hold_reflections(inner_model(model), open_base(recipe.model.base)[0])
     elif recipe.model.base is not None and not (judging and is_gone(recipe.model.base)):
         left_over = load_base(model, recipe.model.base)
