@@ -27,6 +27,7 @@ _API = {
     "Checkpoint": "checkpoints.store",
     "Report": "surgery.plan",
     "TensorReader": "checkpoints.reading",
+    "Whitening": "methods.whitening",
     "add_adapter": "methods.add",
     "add_hra": "surgery.add_hra",
     "combine": "surgery.combine",
@@ -57,7 +58,7 @@ _API = {
 
 __all__ = [
     "Adapter", "Checkpoint", "CheckpointError", "NumericsError", "OrthoError", "OutputError", "RecipeError", "Report",
-    "TargetError", "TensorReader", "UsageError", "add_adapter", "add_hra", "combine", "convert", "diff",
+    "TargetError", "TensorReader", "UsageError", "Whitening", "add_adapter", "add_hra", "combine", "convert", "diff",
     "disable_adapter", "extract", "factorize", "factorize_", "frobenius_decay_", "gor_penalty", "inspect",
     "load_adapter", "load_factorized", "merge", "nog_", "oialr", "olr", "open_checkpoint", "orthogonality_penalty",
     "parse_hub_id", "read_adapter", "save_adapter", "set_strength", "stability", "unmerge",
@@ -83,6 +84,7 @@ if TYPE_CHECKING:
     from .methods.oialr_model import oialr
     from .methods.orthogonality import orthogonality_penalty
     from .methods.strength import set_strength
+    from .methods.whitening import Whitening
     from .surgery.add_hra import add_hra
     from .surgery.combine import combine
     from .surgery.convert import convert

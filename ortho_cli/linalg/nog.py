@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ortho_cli.errors import TargetError, check_choice
-from ortho_cli.linalg.polar import METHODS, isometry, polar_factor, right_spectrum, tall_matrix
+from ortho_cli.linalg.polar import METHODS, isometry, polar_factor, right_spectrum, tall_at_unit_scale
 
 __all__ = ["as_matrix", "nearest_orthogonal"]
 
@@ -58,7 +58,7 @@ def nearest_orthogonal(gradient: Tensor, *, method: str = "auto") -> Tensor:
     check_choice("method", method, METHODS)
     matrix = as_matrix(gradient)
     if method == "gram" or (method == "auto" and matrix.device.type == "cpu"):
-        tall = tall_matrix(matrix)  # without the estimates of its error, which cost a thin matrix more than its factor
+        tall = tall_at_unit_scale(matrix).matrix  # without the estimates of its error, which cost a thin matrix more than its factor
         factor = isometry(tall, right_spectrum(tall))
         factor = factor if matrix.shape[0] >= matrix.shape[1] else factor.mT
     else:

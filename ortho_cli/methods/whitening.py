@@ -38,7 +38,8 @@ class Whitening(nn.Module):
         three more.
     Reference: Huang et al., arXiv:1804.08450; Song et al., arXiv:2207.02119.
 
-    >>> layer = Whitening(2, ridge=1e-6, affine=False)
+    >>> import ortho_cli as ortho
+    >>> layer = ortho.Whitening(2, ridge=1e-6, affine=False)
     >>> x = torch.tensor([[1.0, 2.0], [3.0, 2.0], [2.0, 5.0], [2.0, 3.0]])
     >>> torch.cov(layer(x).T, correction=0).abs().round(decimals=3).tolist()
     [[1.0, 0.0], [0.0, 1.0]]

@@ -45,7 +45,7 @@ class Keeper:
     Args:
         session: of the run.
         observer: gets `total(steps, done)`, `metrics(counters, values)`, `timing(counters, values)` and, when a signal
-            asks to stop, `stopping()`; None: nobody.
+            asked to stop, `stopping()`; None: nobody.
     """
 
     def __init__(self, session: Session, observer: Any = None) -> None:
@@ -93,6 +93,8 @@ class Keeper:
         samples = _due(counters, run.samples_every, run.samples_every_steps)
         if world == 1 or logs:  # processes need not be asked to stop at the same step
             self.stopped = agreed(self.session.accelerator, self.stop_asked)
+            if self.stopped and self.observer is not None:
+                self.observer.stopping()
         saves = last or self.stopped or _saves(counters, run)
         if logs:
             self._report()

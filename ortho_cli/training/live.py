@@ -12,7 +12,7 @@ from typing import Any
 __all__ = ["LineView", "LiveView", "live_view"]
 
 LINE_EVERY = 30.0  # seconds between two lines, but for evaluations, which all are told
-STOPPING = "stopping: the state is saved after this step (again, to quit without saving)"
+STOPPING = "stopping: the state of this step is being saved (again, to quit without saving)"
 
 
 class LiveView:

@@ -134,9 +134,7 @@ def _stop_signals(keeper: Keeper) -> Iterator[None]:
     def ask(number: int, frame: FrameType | None) -> None:
         if keeper.stop_asked:
             raise KeyboardInterrupt
-        keeper.stop_asked = True
-        if keeper.observer is not None:
-            keeper.observer.stopping()
+        keeper.stop_asked = True  # and no more: anything may be half done here, even the import of a library
 
     if threading.current_thread() is not threading.main_thread():  # only there may signals be handled
         yield

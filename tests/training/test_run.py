@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from training_runs import lines_of, ortho, write
 
 from ortho_cli.errors import NumericsError, OutputError, RecipeError, TargetError, UsageError
 from ortho_cli.recipe.train import load_train
-from ortho_cli.training.run import train
+from ortho_cli.training.run import Interrupted, train
 from ortho_cli.training.state import checkpoint_steps, load_tensors
 
 EXPLODES = {
@@ -174,3 +175,27 @@ def test_a_signal_saves_and_stops(number: int, tmp_path: Path) -> None:
     steps = checkpoint_steps(tmp_path / "run")
     assert steps
     assert f"stopped at step {steps[-1]} of" in talk
+
+
+def test_a_signal_is_announced_between_steps_and_not_by_its_handler(tmp_path: Path) -> None:
+    """A handler may run in the middle of anything, such as the import that the announcement itself needs."""
+    events: list[str] = []
+
+    class Finger:
+        def total(self, steps: int, done: int) -> None: ...
+
+        def timing(self, counters: Any, values: dict[str, float]) -> None: ...
+
+        def metrics(self, counters: Any, values: dict[str, float]) -> None:
+            if not events:
+                signal.raise_signal(signal.SIGTERM)
+                events.append("pressed")
+
+        def stopping(self) -> None:
+            events.append("announced")
+            assert not checkpoint_steps(tmp_path / "run")
+
+    with pytest.raises(Interrupted, match="the state is saved"):
+        train(load_train(write(tmp_path, "run")), observer=Finger())
+    assert events == ["pressed", "announced"]
+    assert checkpoint_steps(tmp_path / "run")
