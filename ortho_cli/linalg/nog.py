@@ -58,8 +58,8 @@ def nearest_orthogonal(gradient: Tensor, *, method: str = "auto") -> Tensor:
     check_choice("method", method, METHODS)
     matrix = as_matrix(gradient)
     if method == "gram" or (method == "auto" and matrix.device.type == "cpu"):
-        tall = tall_at_unit_scale(matrix).matrix  # without the estimates of its error, which cost a thin matrix more than its factor
-        factor = isometry(tall, right_spectrum(tall))
+        tall = tall_at_unit_scale(matrix).matrix
+        factor = isometry(tall, right_spectrum(tall))  # without estimates of its error, which cost a thin matrix more
         factor = factor if matrix.shape[0] >= matrix.shape[1] else factor.mT
     else:
         factor = polar_factor(matrix, method=method).factor
