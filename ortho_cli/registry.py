@@ -46,12 +46,17 @@ TABLES: dict[str, dict[str, str]] = {
         "eigengan": "ortho_cli.models.eigengan:build",
         "gan64": "ortho_cli.models.gan_simple:build",
         "gan128": "ortho_cli.models.gan_simple:build",
+        "stable-diffusion": "ortho_cli.models.stable_diffusion:build",
     },
     # What is trained: data, loss and metrics.
     "tasks": {
         "classify": "ortho_cli.tasks.classify:ClassifyTask",
         "forecast": "ortho_cli.tasks.forecast:ForecastTask",
         "gan": "ortho_cli.tasks.gan:GANTask",
+    },
+    # What `generate` makes with a run of a task.
+    "makers": {
+        "gan": "ortho_cli.training.generate_gan:MAKER",
     },
     # What `evaluate` says of a task's outputs beyond its own metrics.
     "judges": {

@@ -1,29 +1,28 @@
-"""`ortho generate`: make pictures with a run's generator."""
+"""`ortho generate`: make things with a run's model."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from ortho_cli.cli.arguments import recipe_keys
 from ortho_cli.cli.completion import words
 from ortho_cli.cli.options import METHOD, OUTPUT, DebugOption, DryRunOption, JsonOption, QuietOption
-from ortho_cli.errors import UsageError
 
 __all__ = ["generate"]
 
-# The published defaults: traversals and the pairs' shared noise are truncated, samples are not.
-NUMBER = {"pictures": 64, "traverse": 8}
-TRUNCATION = {"pictures": 1.0, "traverse": 0.7, "pairs": 1.0}
+ARGUMENTS = ("run", "output")  # the others are options of one maker or another
 
 
 def generate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run of the task gan.")],
+    ctx: typer.Context,
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The folder of a run of the task gan.")],
     output: Annotated[
         Path, typer.Option("-o", "--output", help="The folder to write; what is there is kept.", rich_help_panel=OUTPUT)
     ],
-    number: Annotated[
+    num: Annotated[
         int | None, typer.Option("--num", metavar="N", min=1, help="Pictures (64), or rows of a traversal (8).")
     ] = None,
     traverse: Annotated[
@@ -42,13 +41,15 @@ def generate(
             autocompletion=words("best", "last"),
         ),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", metavar="N", min=0, help="Of the noise.")] = 0,
+    seed: Annotated[int | None, typer.Option("--seed", metavar="N", min=0, help="Of the noise: 0.")] = None,
     steps: Annotated[
-        int, typer.Option("--steps", metavar="N", min=2, help="Values of a traversal.", rich_help_panel=METHOD)
-    ] = 9,
+        int | None,
+        typer.Option("--steps", metavar="N", min=1, help="Values of a traversal: 9.", rich_help_panel=METHOD),
+    ] = None,
     extent: Annotated[
-        float, typer.Option("--extent", metavar="X", help="Coordinates go from -X to X.", rich_help_panel=METHOD)
-    ] = 4.0,
+        float | None,
+        typer.Option("--extent", metavar="X", help="Coordinates go from -X to X: 4.", rich_help_panel=METHOD),
+    ] = None,
     truncation: Annotated[
         float | None,
         typer.Option("--truncation", metavar="T", help="Scales the noise: 1, traversals 0.7.", rich_help_panel=METHOD),
@@ -66,34 +67,39 @@ def generate(
 
     Example: ortho generate runs/digits-eigengan --traverse -o traversals
     """
-    from ortho_cli.cli.show import console_out, print_json, table
-    from ortho_cli.training.generate import MANIFEST, Wanted, generate_run, planned
+    from ortho_cli.cli.progress import item_bar
+    from ortho_cli.cli.show import console_out, print_json, show_notes, table
+    from ortho_cli.training.generate import open_making
 
-    if traverse and pairs is not None:
-        raise UsageError("--traverse and --pairs make different things", hint="leave one of them out")
-    if pairs is not None and number is not None:
-        raise UsageError("--pairs says how many already", hint="leave out --num")
-    if extent <= 0 or (truncation is not None and truncation <= 0):
-        raise UsageError("--extent and --truncation are above 0", hint="e.g. --extent 4 --truncation 0.7")
-    if pairs is not None and truncation is not None:
-        raise UsageError("--truncation is for pictures and traversals; pairs have a fixed one", hint="leave it out")
-    kind = "traverse" if traverse else "pairs" if pairs is not None else "pictures"
-    wanted = Wanted(kind, pairs or number or NUMBER[kind], seed, steps, extent, truncation or TRUNCATION[kind], sefa)
+    making = open_making(run, _typed(ctx))
     if dry_run:
-        plan = {"kind": kind, "files": planned(run, wanted), "would write": str(output)}
+        plan = {**making.planned(), "would write": str(output)}
         if as_json:
-            print_json({"command": "generate", "dry_run": True, "inputs": [str(run)], **plan})
+            print_json({"command": "generate", "dry_run": True, "inputs": [run], **plan})
         else:
             table(console_out(), None, list(plan.items()))
         return
-    found = generate_run(run, output, wanted, checkpoint=checkpoint)
-    names = [*found["made"], MANIFEST]
-    outputs = [{"path": str(output / name), "bytes": (output / name).stat().st_size} for name in names]
+    with item_bar("generate", hidden=quiet or as_json) as bar:
+        found = making.make(output, bar)
+    outputs = [
+        {"path": str(output / name), "bytes": (output / name).stat().st_size} for name in found.made + found.also
+    ]
     if as_json:
         print_json({
-            "command": "generate", "inputs": [str(run)], "outputs": outputs, "checkpoint": found["checkpoint"],
-            "totals": {"made": len(found["made"]), "skipped": len(found["skipped"])},
+            "command": "generate", "inputs": [run], "outputs": outputs, "checkpoint": found.checkpoint,
+            "totals": {"made": len(found.made), "skipped": len(found.skipped)}, "notes": found.notes,
         })  # fmt: skip
     elif not quiet:
-        rows = [("checkpoint", found["checkpoint"]), ("made", len(found["made"])), ("skipped", len(found["skipped"]))]
-        table(console_out(), None, [*rows, ("wrote", str(output))])
+        rows = [("made", len(found.made)), ("skipped", len(found.skipped)), ("wrote", str(output))]
+        table(console_out(), None, [*([("checkpoint", found.checkpoint)] if found.checkpoint else []), *rows])
+        show_notes(console_out(), found.notes)
+
+
+def _typed(ctx: typer.Context) -> dict[str, Any]:
+    """The options that were typed, by their long names; each maker has its own defaults for the others."""
+    keys = recipe_keys(ctx.command)
+    return {
+        keys[name]: ctx.params[name]
+        for name in keys
+        if name not in ARGUMENTS and str(ctx.get_parameter_source(name)).endswith("COMMANDLINE")
+    }

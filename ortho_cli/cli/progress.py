@@ -1,30 +1,30 @@
-"""A progress bar for bytes, on stderr and only where that is a terminal."""
+"""Progress bars for bytes and for items, on stderr and only where that is a terminal."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
 
-__all__ = ["ByteBar", "byte_bar"]
+__all__ = ["Bar", "byte_bar", "item_bar"]
 
 
-class ByteBar:
-    """What `surgery.plan.run` reports to."""
+class Bar:
+    """What `surgery.plan.run` and makers report to."""
 
     def __init__(self, bar: RichProgress, title: str) -> None:
         self._bar = bar
         self._title = title
         self._task: TaskID | None = None
 
-    def start(self, total_bytes: int) -> None:
+    def start(self, total: int) -> None:
         """Show the bar."""
-        self._task = self._bar.add_task(self._title, total=total_bytes)
+        self._task = self._bar.add_task(self._title, total=total)
 
     def advance(self, count: int) -> None:
         """Move it."""
@@ -32,21 +32,33 @@ class ByteBar:
             self._bar.advance(self._task, count)
 
 
+def byte_bar(title: str, *, hidden: bool = False) -> AbstractContextManager[Bar | None]:
+    """A bar of bytes while the block runs; None where nobody would see it."""
+    return _bar(title, True, hidden)
+
+
+def item_bar(title: str, *, hidden: bool = False) -> AbstractContextManager[Bar | None]:
+    """A bar of items while the block runs; None where nobody would see it."""
+    return _bar(title, False, hidden)
+
+
 @contextmanager
-def byte_bar(title: str, *, hidden: bool = False) -> Iterator[ByteBar | None]:
-    """A bar while the block runs; None where nobody would see it."""
+def _bar(title: str, of_bytes: bool, hidden: bool) -> Iterator[Bar | None]:
     if hidden or not sys.stderr.isatty():
         yield None
         return
     from rich.console import Console
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
     )
+
+    counts = (DownloadColumn(), TransferSpeedColumn()) if of_bytes else (MofNCompleteColumn(),)
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), *counts, TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        yield ByteBar(bar, title)
+        yield Bar(bar, title)

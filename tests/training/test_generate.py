@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from PIL import Image
 from training_runs import write
 from typer.testing import CliRunner
 
+from ortho_cli import registry
 from ortho_cli.cli.app import app
 from ortho_cli.models.eigengan import EigenGenerator
 from ortho_cli.models.gan_simple import SimpleGenerator
@@ -120,6 +122,17 @@ def test_a_classifier_makes_no_pictures(tmp_path: Path) -> None:
     train(load_train(write(tmp_path, "run", train="{steps: 1, limit_batches: 1}", methods="[]")))
     code, out = ortho("generate", tmp_path / "run", "-o", tmp_path / "x")
     assert (code, "task classify, which has no generator" in out) == (2, True)
+
+
+def test_an_option_of_another_task_is_refused_by_name(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    maker = registry.resolve("makers", "gan")
+    monkeypatch.setattr("ortho_cli.training.generate_gan.MAKER", replace(maker, options=frozenset({"num", "seed"})))
+    code, out = ortho("generate", run, "--sefa", "-o", tmp_path / "x")
+    assert (code, "run run is of the task gan, for which there is no --sefa" in out) == (2, True)
+    code, out = ortho("generate", tmp_path / "nothing", "-o", tmp_path / "x")
+    assert (code, list(tmp_path.iterdir())) == (4, [])
 
 
 def test_sefa_turns_the_code_to_principal_directions() -> None:
