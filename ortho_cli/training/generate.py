@@ -16,11 +16,12 @@ from ortho_cli.analysis.run_folder import is_run, open_run
 from ortho_cli.errors import UsageError
 from ortho_cli.recipe.train import load_train
 
+from .base import gone_base
 from .run_folder import RECIPE
 
 __all__ = ["Made", "Maker", "Making", "Progress", "Source", "open_making"]
 
-BASE_TASK = "text_to_image"  # whose maker takes weights that no run trained
+BASE_TASK = "control"  # whose maker takes weights that no run trained: a base may hold a hint encoder
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,7 @@ def _source(place: str) -> Source:
     folder = Path(place).expanduser()
     if is_run(folder):
         return Source(str(folder), load_train(folder / RECIPE))
-    if BASE_TASK not in registry.TABLES["makers"] or (folder.is_dir() and not (folder / "model_index.json").is_file()):
+    if gone_base(place) or (folder.is_dir() and not (folder / "model_index.json").is_file()):
         open_run(folder)  # says what is missing of a run
     return Source(place)
 

@@ -1,13 +1,14 @@
 """The folder that things are made into: what is there already is kept, so that a killed job goes on.
 
 `manifest.jsonl` begins with the settings, which decide every file, and has a line for each file. A folder that was made
-with other settings is refused. Shards of one job write a manifest each, so that no two processes write one file.
+with other settings is refused. Shards of one job write a manifest each, so that no two processes write one file; when
+the last of them is done, `manifest.jsonl` has the lines of all.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ class OutputFolder:
         self.made: list[str] = []
         self.skipped: list[str] = []
         _check(folder, head)
-        self._told = {line["file"] for line in read_manifests(folder)[1]}
+        self._told = {line.pop("file"): line for line in read_manifests(folder)[1]}
         if not self.manifest.is_file():
             folder.mkdir(parents=True, exist_ok=True)
             with atomic(self.manifest) as partial:
@@ -51,9 +52,14 @@ class OutputFolder:
             _mend(self.manifest)
 
     def lacks(self, name: str, line: Mapping[str, Any]) -> bool:
-        """Whether a file is still to be made; one that is there is skipped, with its line where none was written."""
+        """Whether a file is still to be made; one that is there is skipped, with its line where none was written.
+
+        Raises:
+            OutputError: the file was made of something else.
+        """
         if not (self.folder / name).exists():
             return True
+        _check_same(f"{self.folder / name} was made otherwise", self._told.get(name, {}), line)
         self.skipped.append(name)
         self._tell(name, line)
         return False
@@ -70,30 +76,43 @@ class OutputFolder:
             return
         with self.manifest.open("a", encoding="utf-8") as manifest:
             manifest.write(json.dumps({"file": name, **line}) + "\n")
-        self._told.add(name)
+        self._told[name] = dict(line)
+
+    def finish(self, names: Sequence[str]) -> bool:
+        """Whether all files of a job are there, of whichever shard; then `manifest.jsonl` has a line for each."""
+        if not all((self.folder / name).exists() for name in names):
+            return False
+        heads, lines = read_manifests(self.folder)
+        if self.manifest.name != MANIFEST and {line["file"] for line in lines} >= set(names):
+            with atomic(self.folder / MANIFEST) as partial:
+                partial.write_text("".join(json.dumps(line) + "\n" for line in (heads[0], *lines)), "utf-8")
+        return True
 
 
 def read_manifests(folder: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The settings at the head of each manifest of a folder, and the lines of all, in the order of their files."""
-    heads, lines = [], []
+    """The settings at the head of each manifest of a folder, and a line for each file, in order."""
+    heads: list[dict[str, Any]] = []
+    lines: dict[str, dict[str, Any]] = {}
     for path in [folder / MANIFEST, *sorted(folder.glob(SHARDS))]:
         head, *rest = list(read_lines(path)) if path.is_file() else [{}]
         heads += [head] if head else []
-        lines += rest
-    return heads, sorted(lines, key=lambda line: str(line["file"]))
+        lines |= {str(line["file"]): line for line in rest}
+    return heads, [lines[name] for name in sorted(lines)]
 
 
 def _check(folder: Path, head: Mapping[str, Any]) -> None:
     heads, _ = read_manifests(folder)
     for found in heads:
-        for key, value in json.loads(json.dumps(head)).items():
-            if found.get(key) != value:
-                raise OutputError(
-                    f"{folder} holds what was made otherwise: {key} was {found.get(key)!r}, now {value!r}",
-                    hint="name another folder",
-                )
+        _check_same(f"{folder} holds what was made otherwise", found, head)
     if not heads and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise OutputError(f"{folder} exists and holds no {MANIFEST}", hint="name a new or an empty folder")
+
+
+def _check_same(what: str, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Refuse the first of the wanted values that was another; where nothing was written down, nothing is known."""
+    for key, value in json.loads(json.dumps(wanted)).items() if found else ():
+        if found.get(key) != value:
+            raise OutputError(f"{what}: {key} was {found.get(key)!r}, now {value!r}", hint="name another folder")
 
 
 def _mend(path: Path) -> None:
