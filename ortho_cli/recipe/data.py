@@ -14,12 +14,16 @@ __all__ = ["Data", "Images", "Series"]
 
 
 class Images(Section):
-    """Labelled images: a known data set, or a folder with one sub-folder a class."""
+    """Images: a known data set, or a folder, with one sub-folder a class where there are classes."""
 
     kind: ClassVar[str] = "pictures"
-    name: Literal["digits", "mnist", "cifar10", "cifar100", "tiny-imagenet", "imagenet", "image-folder"] = Field(
-        description="The data set; digits comes with scikit-learn and needs no download."
-    )
+    name: Literal[
+        "digits", "mnist", "cifar10", "cifar100", "tiny-imagenet", "imagenet", "faces", "dsprites", "celeba",
+        "lsun-church", "ffhq", "anime-faces", "image-folder",
+    ] = Field(
+        description="The data set; digits comes with scikit-learn, faces with scikit-image, and both need no download. "
+        "Those from faces to anime-faces have no classes: they are for the task gan."
+    )  # fmt: skip
     path: Text | None = Field(
         default=None, description="A local folder, which wins over the hub; see: ortho recipe check --data."
     )
@@ -36,11 +40,12 @@ class Images(Section):
     size: Count | None = Field(default=None, description="Resize images to this side; null: as they are.")
 
     def problems(self) -> Iterator[Rejection]:
-        """Digits has no source, a folder needs one, and nothing is named twice."""
-        if self.name == "digits":
+        """What comes with a library has no source, a folder needs one, and nothing is named twice."""
+        library = {"digits": "scikit-learn", "faces": "scikit-image"}.get(self.name)
+        if library is not None:
             for key in ("path", "source"):
                 if getattr(self, key) is not None:
-                    yield (key,), "digits comes with scikit-learn and has none; remove the line"
+                    yield (key,), f"{self.name} comes with {library} and has none; remove the line"
         elif self.name == "image-folder" and self.path is None and self.source is None:
             yield ("name",), "an image-folder needs path: FOLDER (or source: HUB_ID)"
         for key in ("augment", "classes"):

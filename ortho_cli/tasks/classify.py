@@ -14,8 +14,9 @@ from ortho_cli import registry
 from ortho_cli.errors import RecipeError
 
 from .draws import seed_of
-from .image_data import ImageSet, load_images
+from .image_data import load_images
 from .image_samples import ImageSamples
+from .image_set import ImageSet
 from .image_specs import SPECS, Split
 from .task import Batch, Losses, Reduce, Task
 
@@ -41,6 +42,9 @@ class ClassifyTask(Task):
         task: label smoothing, and mixup's alpha.
         data: the pictures.
         seed: of the run.
+
+    Raises:
+        RecipeError: pictures that have no classes.
     """
 
     metrics = ("loss", "accuracy", "accuracy_top5", "accuracy_other_classes", "accuracy_among_other_classes")
@@ -50,6 +54,10 @@ class ClassifyTask(Task):
         self.config: Classify = task
         self.data: Images = data
         self.spec = SPECS[data.name]
+        if not self.spec.has_classes:
+            raise RecipeError(
+                f"data {data.name} has no classes to tell", hint="it is for the task gan; ortho recipe check --data"
+            )
         self.in_channels = self.spec.channels
         self.image_size = data.size or self.spec.size
         self._opened: dict[Split, ImageSet] = {}
@@ -69,6 +77,8 @@ class ClassifyTask(Task):
         """
         if split not in self._opened:
             self._opened[split] = load_images(self.data, split)
+            if len(self._opened[split].classes) == 1:
+                raise RecipeError("one class alone: there is nothing to tell", hint="one folder a class")
         return self._opened[split]
 
     def dataset(self, split: Split) -> ImageSamples:

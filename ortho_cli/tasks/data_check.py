@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ortho_cli.recipe.data import Images, Series
 
-from .image_data import load_images, sources
-from .image_specs import SPECS
+from .image_data import load_images
+from .image_specs import SPECS, sources
 from .series_check import check_series, describe_series
 
 __all__ = ["check_data", "describe_data", "found_text"]
@@ -75,4 +75,5 @@ def found_text(found: dict[str, Any]) -> str:
         parts = f"{found['train']} rows to train on, {found['val']} to validate, {found['test']} to test"
         return f"found: {columns}; {parts}"
     kept = "" if found["kept"] == found["classes"] else f", {found['kept']} of them kept"
-    return f"found: {found['train']} samples to train on, {found['eval']} to judge by; {found['classes']} classes{kept}"
+    classes = f"{found['classes']} classes{kept}" if found["classes"] > 1 else "no classes"
+    return f"found: {found['train']} samples to train on, {found['eval']} to judge by; {classes}"

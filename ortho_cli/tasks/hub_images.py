@@ -9,8 +9,8 @@ import torch
 
 from ortho_cli.errors import RecipeError, UsageError
 
-from .image_data import ImageSet, missing_data, stratified
-from .image_specs import Hub, ImageSpec, Split
+from .image_set import ImageSet, unlabelled
+from .image_specs import ImageSpec, Split, missing_data
 from .picture_folders import SPLIT_FOLDERS
 from .pictures import to_tensor
 
@@ -58,7 +58,7 @@ def hub_images(spec: ImageSpec, source: str | None, split: Split) -> ImageSet:
 
     Raises:
         UsageError: `datasets` is not installed.
-        RecipeError: not reachable, gated, or without a column of pictures and one of classes.
+        RecipeError: not reachable, gated, or without a column of pictures, or one of classes where it should have it.
     """
     try:
         import datasets
@@ -79,12 +79,17 @@ def hub_images(spec: ImageSpec, source: str | None, split: Split) -> ImageSet:
     rows = found[named[0]] if named else found[usual.get("train", "train")] if "train" in found else None
     if rows is None:
         raise RecipeError(f"the hub set {name!r} has the splits {', '.join(found)}, and no train")
-    image, label = _columns(rows, spec.hub, name)
-    labels = torch.tensor(rows[label][:], dtype=torch.long)
+    hub = spec.hub
+    image = _column(rows, datasets.Image, hub.image if hub is not None else None, name)
     pictures = HubPictures(rows, image)
-    made = ImageSet(pictures, labels, tuple(rows.features[label].names))
+    if _is_sorted(rows, spec):
+        label = _column(rows, datasets.ClassLabel, hub.label if hub is not None else None, name)
+        labels = torch.tensor(rows[label][:], dtype=torch.long)
+        made = ImageSet(pictures, labels, tuple(rows.features[label].names))
+    else:
+        made = unlabelled(pictures, spec.name)
     if not any(word in found for word in (usual.get("eval"), *SPLIT_FOLDERS["eval"])):
-        made = made.select(stratified(labels.tolist(), split))
+        made = made.held_out(split)
     if not spec.sized or spec.size > IN_MEMORY_SIZE:
         return made
     return ImageSet(
@@ -94,18 +99,20 @@ def hub_images(spec: ImageSpec, source: str | None, split: Split) -> ImageSet:
     )
 
 
-def _columns(rows: Any, hub: Hub | None, name: str) -> tuple[str, str]:
-    """The columns of pictures and of classes: the usual names where they exist, else the only ones of their kind."""
+def _is_sorted(rows: Any, spec: ImageSpec) -> bool:
+    """Whether there are classes to read: of a set of one's own, whether it has a column of them."""
     import datasets
 
-    found: list[str] = []
-    wanted = ((datasets.Image, hub.image if hub else None), (datasets.ClassLabel, hub.label if hub else None))
-    for kind, usual in wanted:
-        columns = [column for column, feature in rows.features.items() if isinstance(feature, kind)]
-        if usual not in columns and len(columns) != 1:
-            raise RecipeError(
-                f"the hub set {name!r} has {len(columns)} columns of {kind.__name__}, expected one",
-                hint=f"its columns: {', '.join(rows.features)}",
-            )
-        found.append(usual if usual is not None and usual in columns else columns[0])
-    return found[0], found[1]
+    columns = [feature for feature in rows.features.values() if isinstance(feature, datasets.ClassLabel)]
+    return bool(columns) if spec.num_classes is None else spec.has_classes
+
+
+def _column(rows: Any, kind: type, usual: str | None, name: str) -> str:
+    """The column of a kind: that of the usual name where it exists, else the only one."""
+    columns = [column for column, feature in rows.features.items() if isinstance(feature, kind)]
+    if usual not in columns and len(columns) != 1:
+        raise RecipeError(
+            f"the hub set {name!r} has {len(columns)} columns of {kind.__name__}, expected one",
+            hint=f"its columns: {', '.join(rows.features)}",
+        )
+    return usual if usual is not None and usual in columns else columns[0]

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from .augment import Augmentation
 from .draws import uniform
-from .image_data import ImageSet
+from .image_set import ImageSet
 from .image_specs import ImageSpec
 from .pictures import AREA_DRAWS, Pictures, area_box, centre_box, to_tensor
 
@@ -81,6 +81,6 @@ class ImageSamples(Dataset[dict[str, Tensor]]):
             if draws is not None:
                 box = area_box(*picture.size, draws[row].tolist())
             elif not self.spec.sized:
-                box = centre_box(*picture.size)
+                box = centre_box(*picture.size, self.spec.share)
             opened.append(to_tensor(picture, self.size, self.spec.channels, box))
         return torch.stack(opened)

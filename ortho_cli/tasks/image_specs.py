@@ -10,19 +10,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-__all__ = ["SPECS", "Hub", "ImageSpec", "Split"]
+from ortho_cli.errors import RecipeError
+
+__all__ = ["SPECS", "Hub", "ImageSpec", "Split", "missing_data", "sources"]
 
 Split = Literal["train", "eval"]
 
 
 @dataclass(frozen=True)
 class Hub:
-    """A set on the Hugging Face hub; `None` for a column or split is found by its kind."""
+    """A set on the Hugging Face hub; `label` is None where pictures have no classes."""
 
     id: str
     config: str | None
     image: str
-    label: str
+    label: str | None
     splits: Mapping[Split, str]
 
 
@@ -30,8 +32,9 @@ class Hub:
 class ImageSpec:
     """What is known about a set without opening it.
 
-    `num_classes` None: counted when the set is opened. `sized`: whether all pictures have `size` pixels already;
-    others are cropped as they are opened. `tree` and `fetch` are lines of text, `FOLDER` standing for `data.path`.
+    `num_classes` None: counted when the set is opened; 1: nobody sorted the pictures. `sized`: whether all pictures
+    have `size` pixels already, or are squeezed to it; of others the middle square is cut out as they are opened,
+    `share` of their shorter side. `tree` and `fetch` are lines of text, `FOLDER` standing for `data.path`.
     """
 
     name: str
@@ -42,13 +45,35 @@ class ImageSpec:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     sized: bool = True
+    share: float = 0.875  # 224 of 256 pixels, as ImageNet models have always been evaluated
     hub: Hub | None = None
     tree: tuple[str, ...] = ()
     fetch: tuple[str, ...] = field(default=())
 
+    @property
+    def has_classes(self) -> bool:
+        """Whether the pictures are sorted."""
+        return self.num_classes != 1
+
+
+def missing_data(spec: ImageSpec, message: str, where: str | None = None) -> RecipeError:
+    """The error for data that is not there: how a copy looks, and how to get one."""
+    hint = "\n  ".join(["expected:", *spec.tree, "get it:", *sources(spec)])
+    return RecipeError(message, hint=hint, where=where)
+
+
+def sources(spec: ImageSpec) -> tuple[str, ...]:
+    """Where a set can be had, in lines of text."""
+    if spec.hub is None:
+        return spec.fetch
+    return (f"leave out data.path: the hub's {spec.hub.id} is fetched (pip install 'ortho-cli[vision]')", *spec.fetch)
+
 
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _TORONTO = "https://www.cs.toronto.edu/~kriz"
+_TRAIN: Mapping[Split, str] = {"train": "train"}  # of hub sets that hold no part to evaluate on
+_HALF = (0.5, 0.5, 0.5)  # of sets whose statistics no published model expects: [0, 1] to [-1, 1]
+_SPRITES = "dsprites_ndarray_co1sh3sc6or40x32y32_64x64.npz"
 
 SPECS: dict[str, ImageSpec] = {
     spec.name: spec
@@ -111,12 +136,61 @@ SPECS: dict[str, ImageSpec] = {
             ),
         ),
         ImageSpec(
+            "faces", "25x25 grey faces of scikit-image, without classes, 80 to train and 20 to evaluate",
+            1, 1, 25, (0.4542,), (0.2134,),
+            fetch=("nothing to fetch: it comes with scikit-image (pip install scikit-image)",),
+        ),
+        ImageSpec(
+            "dsprites", "64x64 sprites, black and white, without classes, 737,280 of which one in five to evaluate",
+            1, 1, 64, (0.5,), (0.5,),
+            hub=Hub("eurecom-ds/dsprites", None, "image", None, _TRAIN),
+            tree=(f"FOLDER/{_SPRITES}",),
+            fetch=(f"curl -LO https://github.com/google-deepmind/dsprites-dataset/raw/master/{_SPRITES}",),
+        ),
+        ImageSpec(
+            "celeba", "178x218 faces of celebrities, without classes, 162,770 to train and 19,867 to evaluate",
+            1, 3, 128, _HALF, _HALF, sized=False, share=170 / 178,
+            hub=Hub(
+                "flwrlabs/celeba", "img_align+identity+attr", "image", None, {"train": "train", "eval": "valid"}
+            ),
+            tree=(
+                "FOLDER/img_align_celeba/000001.jpg ... 202599.jpg",
+                "FOLDER/list_eval_partition.txt; without it one picture in five is for evaluation",
+            ),
+            fetch=("the aligned pictures of https://mmlab.ie.cuhk.edu.hk/projects/CelebA.html (not for commerce)",),
+        ),
+        ImageSpec(
+            "lsun-church", "churches of any size, without classes, 126,227 to train and 300 to evaluate",
+            1, 3, 128, _HALF, _HALF,
+            hub=Hub("tglcourse/lsun_church_train", None, "image", None, {"train": "train", "eval": "test"}),
+            tree=("FOLDER/church_outdoor_train_lmdb/data.mdb", "FOLDER/church_outdoor_val_lmdb/data.mdb"),
+            fetch=(
+                "church_outdoor_train_lmdb.zip and church_outdoor_val_lmdb.zip of http://dl.yf.io/lsun/scenes",
+                "(read by lmdb: pip install lmdb; the hub's copy parts the same pictures otherwise)",
+            ),
+        ),
+        ImageSpec(
+            "ffhq", "70,000 faces of Flickr, without classes, one in five to evaluate",
+            1, 3, 256, _HALF, _HALF, sized=False, share=1.0,
+            hub=Hub("merkol/ffhq-256", None, "image", None, _TRAIN),
+            tree=("FOLDER/00000/00000.png ... 69000/69999.png", "or the pictures in one folder"),
+            fetch=("https://github.com/NVlabs/ffhq-dataset (not for commerce)",),
+        ),
+        ImageSpec(
+            "anime-faces", "63,565 drawn faces, without classes, one in five to evaluate",
+            1, 3, 128, _HALF, _HALF, sized=False, share=1.0,
+            hub=Hub("DrishtiSharma/Anime-Face-Dataset", None, "image", None, _TRAIN),
+            tree=("FOLDER/*.jpg, or in folders below",),
+            fetch=("or any folder of drawn faces",),
+        ),
+        ImageSpec(
             "image-folder", "your own pictures of any size, one folder a class or a metadata.jsonl",
             None, 3, 224, _IMAGENET_MEAN, _IMAGENET_STD, sized=False,
             tree=(
                 "FOLDER/train/<class>/* and FOLDER/val/<class>/*   (val, valid, validation, test or eval)",
                 "or FOLDER/<class>/*: every fifth picture of a class, drawn once for all, is for evaluation",
                 'or, in place of the class folders, a metadata.jsonl of {"file_name": "a.png", "label": "cat"}',
+                "or, where classes do not matter (task gan), FOLDER/* or FOLDER/train/* and FOLDER/val/*",
             ),
             fetch=("or name a set of the hub: source: ORG/NAME[@revision]",),
         ),

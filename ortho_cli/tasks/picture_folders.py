@@ -15,7 +15,10 @@ from ortho_cli.errors import RecipeError
 
 from .image_specs import Split
 
-__all__ = ["SPLIT_FOLDERS", "Listing", "class_folders", "metadata_listing", "split_folder", "tiny_imagenet"]
+__all__ = [
+    "METADATA", "SPLIT_FOLDERS", "Listing", "class_folders", "every_picture", "metadata_listing", "split_folder",
+    "tiny_imagenet",
+]  # fmt: skip
 
 SPLIT_FOLDERS: dict[Split, tuple[str, ...]] = {
     "train": ("train",),
@@ -38,6 +41,15 @@ class Listing:
 def split_folder(folder: Path, split: Split) -> Path | None:
     """The folder of a split below a set's folder; None where there is none."""
     return next((path for name in SPLIT_FOLDERS[split] if (path := folder / name).is_dir()), None)
+
+
+def every_picture(root: Path, *, deep: bool = True) -> list[str]:
+    """The picture files in a folder and, where `deep`, below it, relative to it and sorted; no hidden ones."""
+    found: list[str] = []
+    for here, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if deep and not name.startswith(".")]
+        found += [(Path(here) / name).relative_to(root).as_posix() for name in names if _is_picture(name)]
+    return sorted(found)
 
 
 def class_folders(root: Path, classes: Sequence[str] | None = None) -> Listing:
@@ -152,5 +164,8 @@ def _pictures(folder: Path, prefix: str) -> list[str]:
         return []
     if (folder / "images").is_dir():
         folder, prefix = folder / "images", f"{prefix}/images"
-    names = (entry.name for entry in os.scandir(folder) if os.path.splitext(entry.name)[1].lower() in SUFFIXES)
-    return [f"{prefix}/{name}" for name in sorted(names) if not name.startswith(".")]
+    return [f"{prefix}/{name}" for name in sorted(entry.name for entry in os.scandir(folder)) if _is_picture(name)]
+
+
+def _is_picture(name: str) -> bool:
+    return os.path.splitext(name)[1].lower() in SUFFIXES and not name.startswith(".")

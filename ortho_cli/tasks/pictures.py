@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import exp, log, sqrt
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, BinaryIO, Protocol
 
 import numpy as np
 import torch
@@ -16,9 +16,8 @@ from ortho_cli.errors import RecipeError, UsageError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["AREA_DRAWS", "PictureFiles", "Pictures", "area_box", "centre_box", "to_tensor"]
+__all__ = ["AREA_DRAWS", "PictureFiles", "Pictures", "area_box", "centre_box", "decoded", "to_tensor"]
 
-CENTRE_SHARE = 0.875  # evaluation looks at 224 of 256 pixels, as ImageNet models always have
 AREA = (0.08, 1.0)  # the Inception crop: share of the picture, and width over height
 RATIO = (3 / 4, 4 / 3)
 TRIES = 10
@@ -61,22 +60,36 @@ class PictureFiles:
             UsageError: Pillow is not installed.
             RecipeError: no picture, or cut short.
         """
-        try:
-            from PIL import Image, UnidentifiedImageError
-        except ImportError as error:
-            raise UsageError("pictures on disk need Pillow", hint="pip install 'ortho-cli[vision]'") from error
         path = self.root / self.names[place]
-        try:
-            picture = Image.open(path)
-            with picture:
-                picture.load()
-            return picture
-        except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-            raise RecipeError(f"no picture that Pillow can read: {str(error)[:200]}", where=str(path)) from error
+        return decoded(path, str(path))
 
     def select(self, places: Sequence[int]) -> PictureFiles:
         """The files at some places."""
         return PictureFiles(self.root, [self.names[place] for place in places])
+
+
+def decoded(file: Path | BinaryIO, where: str) -> Image:
+    """Open and decode a picture.
+
+    Args:
+        file: a path, or what is to be read.
+        where: what to call it.
+
+    Raises:
+        UsageError: Pillow is not installed.
+        RecipeError: no picture, or cut short.
+    """
+    try:
+        from PIL import Image, UnidentifiedImageError
+    except ImportError as error:
+        raise UsageError("pictures on disk need Pillow", hint="pip install 'ortho-cli[vision]'") from error
+    try:
+        picture = Image.open(file)
+        with picture:
+            picture.load()
+        return picture
+    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:  # a broken PNG chunk
+        raise RecipeError(f"no picture that Pillow can read: {str(error)[:200]}", where=where) from error
 
 
 def to_tensor(picture: Image, size: int, channels: int, box: Box | None = None) -> Tensor:
@@ -102,13 +115,13 @@ def to_tensor(picture: Image, size: int, channels: int, box: Box | None = None) 
     return pixels.view(size, size, channels).permute(2, 0, 1).contiguous()
 
 
-def centre_box(width: int, height: int) -> Box:
-    """The middle square of a picture, seven eighths of its shorter side wide.
+def centre_box(width: int, height: int, share: float) -> Box:
+    """The middle square of a picture; `share` is its side over the shorter one of the picture.
 
-    >>> centre_box(256, 512)
+    >>> centre_box(256, 512, 0.875)
     (16.0, 144.0, 240.0, 368.0)
     """
-    side = CENTRE_SHARE * min(width, height)
+    side = share * min(width, height)
     left, top = (width - side) / 2, (height - side) / 2
     return left, top, left + side, top + side
 

@@ -29,8 +29,9 @@ from ortho_cli.analysis.style import DOTS_PER_INCH, INK, color
 from ortho_cli.methods.adapter_layer import adapter_layers
 from ortho_cli.models.vit import VisionTransformer
 from ortho_cli.recipe.data import Images
-from ortho_cli.tasks.image_data import ImageSet, load_images, stratified
+from ortho_cli.tasks.image_data import load_images
 from ortho_cli.tasks.image_samples import ImageSamples
+from ortho_cli.tasks.image_set import ImageSet, stratified
 from ortho_cli.tasks.image_specs import SPECS
 
 HALVES = {"0-4": (0, 1, 2, 3, 4), "5-9": (5, 6, 7, 8, 9)}

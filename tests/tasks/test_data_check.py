@@ -8,18 +8,19 @@ import pytest
 from picture_sets import pixels, save_mnist, save_picture, section
 
 from ortho_cli.errors import RecipeError
-from ortho_cli.tasks.data_check import check_data, describe_data
+from ortho_cli.tasks.bundled_images import BUNDLED
+from ortho_cli.tasks.data_check import check_data, describe_data, found_text
 from ortho_cli.tasks.image_specs import SPECS
 
 
 @pytest.mark.parametrize("name", list(SPECS))
 def test_every_set_says_how_it_looks_and_where_it_is(name: str) -> None:
-    path = {} if name == "digits" else {"path": "no/such/folder"}
+    path = {} if name in BUNDLED else {"path": "no/such/folder"}
     text = describe_data(section(name, **path))
     spec = SPECS[name]
     assert text.startswith(f"{name}: {spec.title}")
     assert all(line in text for line in (*spec.tree, *spec.fetch))
-    assert name == "digits" or "read from: no/such/folder" in text
+    assert name in BUNDLED or "read from: no/such/folder" in text
     assert spec.hub is None or spec.hub.id in text
 
 
@@ -36,6 +37,11 @@ def test_what_is_there_is_counted(tmp_path: Path) -> None:
         "name": "mnist", "train": 5, "eval": 3, "classes": 10, "kept": 2,
     }  # fmt: skip
     assert check_data(section("digits"))["kept"] == 10
+
+
+def test_pictures_without_classes_are_said_to_have_none() -> None:
+    pytest.importorskip("skimage", reason="the faces come with scikit-image")
+    assert found_text(check_data(section("faces"))) == "found: 80 samples to train on, 20 to judge by; no classes"
 
 
 def test_what_is_missing_is_an_error_that_helps(tmp_path: Path) -> None:

@@ -10,7 +10,9 @@ import torch
 from picture_sets import Pixels, pixels, save_cifar_binary, save_cifar_python2, save_mnist, save_picture, section
 
 from ortho_cli.errors import RecipeError
-from ortho_cli.tasks.image_data import ImageSet, load_images, stratified
+from ortho_cli.tasks.bundled_images import BUNDLED
+from ortho_cli.tasks.image_data import load_images
+from ortho_cli.tasks.image_set import ImageSet, stratified
 from ortho_cli.tasks.image_specs import SPECS
 from ortho_cli.tasks.pictures import to_tensor
 
@@ -72,7 +74,7 @@ def save_set(folder: Path, name: str, split: str, images: Pixels, labels: list[i
             save_picture(folder / f"{below}{'train' if train else 'val'}/n{label:04d}/{inner}{number:03d}.png", image)
 
 
-@pytest.mark.parametrize("name", [name for name in SPECS if name != "digits"])
+@pytest.mark.parametrize("name", [name for name, spec in SPECS.items() if spec.has_classes and name not in BUNDLED])
 def test_each_local_layout(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from dataclasses import replace
 

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from picture_sets import pixels, save_picture, section
 
 from ortho_cli.tasks.batching import load_batches
-from ortho_cli.tasks.image_data import ImageSet, load_images
+from ortho_cli.tasks.image_data import load_images
 from ortho_cli.tasks.image_samples import ImageSamples
+from ortho_cli.tasks.image_set import ImageSet
 from ortho_cli.tasks.image_specs import SPECS
 from ortho_cli.tasks.pictures import PictureFiles, centre_box, to_tensor
 
@@ -93,7 +94,7 @@ def test_pictures_of_any_size_are_cut_to_the_middle_or_to_a_random_part(tmp_path
     assert isinstance(images.images, PictureFiles)
     mean, std = torch.tensor(FOLDER.mean)[:, None, None], torch.tensor(FOLDER.std)[:, None, None]
     picture = images.images.open(2)
-    middle = to_tensor(picture, 8, 3, centre_box(*picture.size)).float() / 255
+    middle = to_tensor(picture, 8, 3, centre_box(*picture.size, FOLDER.share)).float() / 255
     judged = ImageSamples(images, FOLDER, 8, (), 0)
     torch.testing.assert_close(judged[0, 2]["image"], (middle - mean) / std)
     random = ImageSamples(images, FOLDER, 8, ("crop",), 0)

@@ -51,8 +51,8 @@ def test_a_box_is_cut_before_resizing() -> None:
 
 
 def test_the_centre_of_wide_and_high_pictures() -> None:
-    assert centre_box(400, 200) == (112.5, 12.5, 287.5, 187.5)
-    assert centre_box(200, 400) == (12.5, 112.5, 187.5, 287.5)
+    assert centre_box(400, 200, 0.875) == (112.5, 12.5, 287.5, 187.5)
+    assert centre_box(200, 400, 0.875) == (12.5, 112.5, 187.5, 287.5)
 
 
 @settings(deadline=None, max_examples=100)
