@@ -62,6 +62,11 @@ TABLES: dict[str, dict[str, str]] = {
     "judges": {
         "classify": "ortho_cli.analysis.classification:JUDGE",
     },
+    # What `evaluate` says of a folder of generated pictures beside a folder of references.
+    "picture_metrics": {
+        "fid": "ortho_cli.analysis.feature_distance:fid_of_folders",
+        "kid": "ortho_cli.analysis.feature_distance:kid_of_folders",
+    },
     # What a recipe may do to a model while it trains.
     "methods": {
         "hra": "ortho_cli.methods.hra:HRAMethod",

@@ -19,7 +19,10 @@ from .metric_names import metric_title, metric_value, number_format, scale
 from .report import Code, Fact, Part, Report
 from .table import Spread, Table
 
-__all__ = ["MARK", "Evaluation", "Judge", "Metric", "Skipped", "evaluation_data", "evaluation_report", "measure"]
+__all__ = [
+    "MARK", "Evaluation", "Judge", "Metric", "Missing", "Skipped", "evaluation_data", "evaluation_report", "measure",
+    "metric_table",
+]  # fmt: skip
 
 Outputs = TypeVar("Outputs")
 MARK = "evaluation.json"
@@ -73,31 +76,43 @@ class Skipped:
         return f"{self.metric} is skipped: {self.reason}" + (f"; {self.command}" if self.command else "")
 
 
+class Missing(Exception):
+    """A library or weights that a metric needs are not there; who computes metrics makes it a `Skipped`.
+
+    Args:
+        reason: e.g. `lpips is not installed`.
+        command: that fetches it.
+    """
+
+    def __init__(self, reason: str, command: str | None = None) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.command = command
+
+
 @dataclass
 class Evaluation:
     """What `ortho evaluate` found.
 
     Attributes:
-        run: its name.
-        checkpoint: `best` or `step-000500`.
-        step: of that checkpoint.
-        split: `val` or `train`.
-        samples: how many were judged.
+        title: of the page.
+        where: what was judged, in words: `best (step 500), 359 samples of val`.
+        judged: the same for programs: the run and its checkpoint, or two folders.
         changed: what was set for this evaluation, as `KEY=VALUE`.
         metrics: by name, without `eval/`.
         skipped: left out, with the reason.
+        notes: what the numbers rest on.
         parts: figures and tables.
         data: what a program gets beyond the metrics.
     """
 
-    run: str
-    checkpoint: str
-    step: int
-    split: str
-    samples: int
+    title: str
+    where: str
+    judged: dict[str, Any]
     changed: tuple[str, ...] = ()
     metrics: dict[str, float] = field(default_factory=dict)
     skipped: list[Skipped] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
     parts: list[Part] = field(default_factory=list)
     data: dict[str, Any] = field(default_factory=dict)
 
@@ -125,12 +140,12 @@ def measure(
 
 def evaluation_report(evaluation: Evaluation) -> Report:
     """The page, the pictures and `evaluation.json`."""
-    where = f"{evaluation.checkpoint} (step {evaluation.step:,}), {evaluation.samples:,} samples of {evaluation.split}"
     shown = list(evaluation.metrics.items())[:MAX_FACTS]
     facts = tuple(Fact(metric_value(name, value), metric_title(name)) for name, value in shown)
-    report = Report(f"{evaluation.run}, evaluated", where, facts, name="evaluation")
+    report = Report(f"{evaluation.title}, evaluated", evaluation.where, facts, name="evaluation")
     changed = [Code("\n".join(f"--set {change}" for change in evaluation.changed))] if evaluation.changed else []
-    report.section("Metrics", [metric_table(evaluation), *changed, *map(str, evaluation.skipped)])
+    said = [*evaluation.notes, *map(str, evaluation.skipped)]
+    report.section("Metrics", [metric_table(evaluation), *changed, *said])
     report.section("In detail", evaluation.parts)
     report.data = evaluation_data(evaluation)
     return report
@@ -148,8 +163,7 @@ def metric_table(evaluation: Evaluation) -> Table:
 def evaluation_data(evaluation: Evaluation) -> dict[str, Any]:
     """The evaluation for programs: `evaluation.json`."""
     return {
-        "schema": 1, "ortho": __version__, "run": evaluation.run, "checkpoint": evaluation.checkpoint,
-        "step": evaluation.step, "split": evaluation.split, "samples": evaluation.samples,
-        "changed": list(evaluation.changed), "metrics": evaluation.metrics,
-        "skipped": [vars(skipped) for skipped in evaluation.skipped], **evaluation.data,
+        "schema": 1, "ortho": __version__, **evaluation.judged, "changed": list(evaluation.changed),
+        "metrics": evaluation.metrics, "skipped": [vars(skipped) for skipped in evaluation.skipped],
+        "notes": evaluation.notes, **evaluation.data,
     }  # fmt: skip

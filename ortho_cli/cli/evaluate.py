@@ -1,20 +1,50 @@
-"""`ortho evaluate`: judge a run's model again."""
+"""`ortho evaluate`: judge a run's model again, or a folder of pictures by another."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ortho_cli.cli.completion import words
-from ortho_cli.cli.options import OUTPUT, DebugOption, DryRunOption, ForceOption, JsonOption, QuietOption
+from ortho_cli.cli.options import METHOD, OUTPUT, DebugOption, DryRunOption, ForceOption, JsonOption, QuietOption
+from ortho_cli.errors import UsageError
+
+if TYPE_CHECKING:
+    from ortho_cli.analysis.evaluation import Evaluation
 
 __all__ = ["evaluate"]
 
+PICTURES = "Pictures"
+
 
 def evaluate(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a run, the run.dir of its recipe.")],
+    run: Annotated[
+        Path | None, typer.Argument(metavar="[RUN]", help="The folder of a run, the run.dir of its recipe.")
+    ] = None,
+    generated: Annotated[
+        Path | None,
+        typer.Option(
+            "--generated", metavar="DIR", help="Pictures to judge, in place of RUN.", rich_help_panel=PICTURES
+        ),
+    ] = None,
+    reference: Annotated[
+        Path | None,
+        typer.Option("--reference", metavar="DIR", help="Pictures to compare with.", rich_help_panel=PICTURES),
+    ] = None,
+    features: Annotated[
+        str,
+        typer.Option(
+            "--features",
+            metavar="inception|RUN|ID",
+            help="The network of fid and kid: a run that classifies, a hub id or a folder.",
+            rich_help_panel=PICTURES,
+        ),
+    ] = "inception",
+    seed: Annotated[
+        int, typer.Option("--seed", metavar="N", min=0, help="Of what is drawn.", rich_help_panel=METHOD)
+    ] = 0,
     checkpoint: Annotated[
         str | None,
         typer.Option(
@@ -28,11 +58,14 @@ def evaluate(
         str | None, typer.Option("--metrics", metavar="LIST", help="Names with commas; default: all there are.")
     ] = None,
     split: Annotated[
-        str, typer.Option("--split", metavar="val|train", help="Of the data.", autocompletion=words("val", "train"))
-    ] = "val",
+        str | None,
+        typer.Option("--split", metavar="val|train", help="Default: val.", autocompletion=words("val", "train")),
+    ] = None,
     sets: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change a key of data, as data.classes=[0,1]; repeatable."),
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="A key of data, as data.classes=[0,1], or METRIC.KEY; repeatable."
+        ),
     ] = None,
     output: Annotated[
         Path | None,
@@ -44,43 +77,86 @@ def evaluate(
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Evaluate a run's best model: by class, by more metrics, on other data; writes evaluation.json and a report.
+    """Evaluate a run's best model: by class, by more metrics, on other data; or compare two folders of pictures.
+
+    Writes evaluation.json and a report.
 
     Example: ortho evaluate runs/quickstart --set 'data.classes=[5,6,7,8,9]' -o second-half
 
-    A metric whose library is missing is skipped by name, with the command that fetches it.
+    Example: ortho evaluate --generated made --reference real --metrics fid,kid --features facebook/dinov2-small
+
+    A metric whose library or weights are missing is skipped by name, with the command that fetches it.
     """
-    from ortho_cli.analysis.evaluation import MARK, evaluation_report, metric_table
-    from ortho_cli.analysis.report_folder import check_folder, write_folder
-    from ortho_cli.analysis.run_folder import open_run
-    from ortho_cli.cli.show import console_out, print_json, show_notes, table
-    from ortho_cli.training.evaluate import evaluate_run, find_checkpoint
+    from ortho_cli.analysis.evaluation import MARK
+    from ortho_cli.analysis.report_folder import check_folder
+    from ortho_cli.cli.progress import status_line
+    from ortho_cli.cli.show import console_out, print_json, table
     from ortho_cli.training.processes import is_first, leave
 
-    folder = output or run / "evaluation"
-    open_run(run)
-    state = find_checkpoint(run, checkpoint)
-    check_folder(folder, [state], MARK, force=force)
     names = [name.strip() for name in metrics.split(",") if name.strip()] if metrics is not None else None
+    if run is not None and generated is None and reference is None:
+        from ortho_cli.analysis.run_folder import open_run
+        from ortho_cli.training.evaluate import evaluate_run, find_checkpoint
+
+        open_run(run)
+        state = find_checkpoint(run, checkpoint)
+        inputs, protected, folder = [run], [state], output or run / "evaluation"
+        plan: dict[str, object] = {"checkpoint": state.name, "split": split or "val"}
+    elif run is None and generated is not None and reference is not None:
+        from ortho_cli.analysis.picture_folder import open_folder
+        from ortho_cli.analysis.picture_metrics import chosen_metrics
+        from ortho_cli.training.evaluate_pictures import evaluate_pictures
+
+        if checkpoint is not None or split is not None:
+            raise UsageError("--checkpoint and --split are of a run", hint="leave them out, or name a RUN")
+        inputs = protected = [generated, reference]
+        folder = output or generated.parent / f"{generated.resolve().name}-evaluation"
+        counts = {"pictures": len(open_folder(generated)), "references": len(open_folder(reference))}
+        plan = {"metrics": ", ".join(chosen_metrics(names)), **counts}
+    else:
+        raise UsageError(
+            "expected a RUN, or two folders of pictures", hint="ortho evaluate --generated DIR --reference DIR"
+        )
+    check_folder(folder, protected, MARK, force=force)
     if dry_run:
-        found = {"checkpoint": state.name, "split": split, "would write": str(folder / MARK)}
+        plan["would write"] = str(folder / MARK)
         if as_json:
-            print_json({"command": "evaluate", "dry_run": True, "inputs": [str(run)], **found})
+            print_json({"command": "evaluate", "dry_run": True, "inputs": [str(path) for path in inputs], **plan})
         else:
-            table(console_out(), None, list(found.items()))
+            table(console_out(), None, list(plan.items()))
         return
     try:
-        evaluation = evaluate_run(run, checkpoint=checkpoint, metrics=names, split=split, sets=sets or [])
+        with status_line(hidden=quiet or not is_first()) as say:
+            if run is not None:
+                evaluation = evaluate_run(
+                    run, checkpoint=checkpoint, metrics=names, split=split or "val", sets=sets or []
+                )
+            else:
+                assert generated is not None
+                assert reference is not None
+                evaluation = evaluate_pictures(
+                    generated, reference, metrics=names, sets=sets or [], features=features, seed=seed, say=say
+                )
     finally:
         leave()
-    if not is_first():
-        return
+    if is_first():
+        _report(evaluation, inputs, folder, force=force, as_json=as_json, quiet=quiet)
+
+
+def _report(
+    evaluation: Evaluation, inputs: list[Path], folder: Path, *, force: bool, as_json: bool, quiet: bool
+) -> None:
+    from ortho_cli.analysis.evaluation import evaluation_report, metric_table
+    from ortho_cli.analysis.report_folder import write_folder
+    from ortho_cli.cli.show import console_out, print_json, show_notes, table
+
     report = evaluation_report(evaluation)
     written = write_folder(report, folder, ("html", "png", "csv", "json"), force=force)
     if as_json:
-        print_json({"command": "evaluate", "inputs": [str(run)], "outputs": written, **(report.data or {})})
+        named = [str(path) for path in inputs]
+        print_json({"command": "evaluate", "inputs": named, "outputs": written, **(report.data or {})})
     elif not quiet:
-        console, shown = console_out(), metric_table(evaluation)
-        table(console, None, [(f"{evaluation.checkpoint}, {split}", f"{evaluation.samples:,} samples"), *shown.rows])
-        show_notes(console, map(str, evaluation.skipped))
+        console = console_out()
+        table(console, None, [(evaluation.where, ""), *metric_table(evaluation).rows])
+        show_notes(console, [*evaluation.notes, *map(str, evaluation.skipped)])
         console.print(f"wrote {folder}", markup=False)

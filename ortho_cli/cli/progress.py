@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import TYPE_CHECKING
 
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress as RichProgress
     from rich.progress import TaskID
 
-__all__ = ["Bar", "byte_bar", "item_bar"]
+__all__ = ["Bar", "byte_bar", "item_bar", "status_line"]
 
 
 class Bar:
@@ -62,3 +62,16 @@ def _bar(title: str, of_bytes: bool, hidden: bool) -> Iterator[Bar | None]:
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), *counts, TimeRemainingColumn())
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         yield Bar(bar, title)
+
+
+@contextmanager
+def status_line(*, hidden: bool = False) -> Iterator[Callable[[str], None]]:
+    """A function that shows a line on stderr in place of the one before, while the block runs."""
+    if hidden or not sys.stderr.isatty():
+        yield lambda line: None
+        return
+    from rich.console import Console
+    from rich.text import Text
+
+    with Console(stderr=True).status("") as status:
+        yield lambda line: status.update(Text(line))

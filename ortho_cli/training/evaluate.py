@@ -72,10 +72,13 @@ def evaluate_run(
     restore_for_judging(session, state)
     found, outputs, targets, samples = _outputs(session, split, judge.target if judge else "")
     order = [name for name in known if name in found] + [name for name in found if name not in known]
-    evaluation = Evaluation(
-        run.title, state.name, int(read_state(state)["step"]), split, samples, tuple(map(_public, sets)),
-        {name: found[name] for name in order if metrics is None or name in wanted},
-    )  # fmt: skip
+    judged = {
+        "run": run.title, "checkpoint": state.name, "step": int(read_state(state)["step"]), "split": split,
+        "samples": samples,
+    }  # fmt: skip
+    where = f"{state.name} (step {judged['step']:,}), {samples:,} samples of {split}"
+    chosen = {name: found[name] for name in order if metrics is None or name in wanted}
+    evaluation = Evaluation(run.title, where, judged, tuple(map(_public, sets)), chosen)
     if judge is not None:
         collected = judge.collect(session.task, outputs, targets)
         further, skipped = measure(judge.metrics, [name for name in wanted if name in judge.metrics], collected)
