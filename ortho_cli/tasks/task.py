@@ -14,6 +14,7 @@ from .batching import Samples, eval_parts, load_batches, shuffled, train_parts
 from .image_specs import Split
 
 if TYPE_CHECKING:
+    from ortho_cli.checkpoints.checkpoint import Checkpoint
     from ortho_cli.recipe.data import Data
     from ortho_cli.recipe.tasks import Task as TaskConfig
 
@@ -64,6 +65,9 @@ class Task(ABC):
     @abstractmethod
     def evaluate(self, model: nn.Module, batches: Iterable[Batch], reduce: Reduce | None = None) -> dict[str, float]:
         """Metrics over batches that together hold each sample once; the model's mode is put back."""
+
+    def take_over(self, model: nn.Module, checkpoint: Checkpoint) -> None:  # noqa: B027 - few do
+        """Fill what this task added to a model from the base that the rest of it was filled from, if that has it."""
 
     def phase_module(self, model: nn.Module, phase: str) -> nn.Module:
         """The part of the model that a phase trains; here all of it."""
