@@ -66,6 +66,9 @@ TABLES: dict[str, dict[str, str]] = {
     "picture_metrics": {
         "fid": "ortho_cli.analysis.feature_distance:fid_of_folders",
         "kid": "ortho_cli.analysis.feature_distance:kid_of_folders",
+        "canny": "ortho_cli.analysis.control_scores:edges_of_folders",
+        "landmarks": "ortho_cli.analysis.control_scores:landmarks_of_folders",
+        "segments": "ortho_cli.analysis.control_scores:segments_of_folders",
     },
     # What a recipe may do to a model while it trains.
     "methods": {

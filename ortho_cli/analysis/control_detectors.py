@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ortho_cli.errors import CheckpointError, RecipeError, UsageError
+from ortho_cli.errors import UsageError
+
+from .evaluation import Missing
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -30,21 +32,20 @@ class FaceLandmarks:
         device: torch's name of one.
 
     Raises:
-        UsageError: face-alignment is not installed.
-        CheckpointError: its weights are not there and cannot be fetched.
+        Missing: it is not installed, or its weights cannot be fetched.
     """
 
     def __init__(self, device: str = "cpu") -> None:
         try:
             face_alignment: Any = importlib.import_module("face_alignment")
         except ImportError as error:
-            raise UsageError("landmarks of faces need face-alignment", hint="pip install face-alignment") from error
+            raise Missing("face-alignment is not installed", "pip install face-alignment") from error
         kinds: Any = face_alignment.LandmarksType
         two_d = kinds.TWO_D if hasattr(kinds, "TWO_D") else kinds._2D  # its name before 1.4
         try:
             self.network: Any = face_alignment.FaceAlignment(two_d, device=device, flip_input=False)
         except OSError as error:  # its weights come from the authors' site, once
-            raise CheckpointError(f"face-alignment cannot fetch its weights: {str(error)[:200]}") from error
+            raise Missing(f"face-alignment cannot fetch its weights: {str(error)[:200]}") from error
 
     def __call__(self, picture: Image) -> Points | None:
         """`(68, 2)` in pixels of the face that is surest; None where there is none."""
@@ -60,23 +61,20 @@ class Segmenter:
         device: torch's name of one.
 
     Raises:
-        UsageError: transformers is not installed.
-        CheckpointError: the model is not there.
+        Missing: transformers is not installed, or the model is not there.
     """
 
     def __init__(self, source: str = SEGFORMER, device: str = "cpu") -> None:
         try:
             transformers: Any = importlib.import_module("transformers")
         except ImportError as error:
-            raise UsageError("segments need transformers", hint="pip install 'ortho-cli[diffusion]'") from error
+            raise Missing("transformers is not installed", "pip install 'ortho-cli[diffusion]'") from error
         try:
             self.processor: Any = transformers.AutoImageProcessor.from_pretrained(source)
             model: Any = transformers.SegformerForSemanticSegmentation.from_pretrained(source)
         except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"the SegFormer {source!r} does not open: {str(error).splitlines()[0][:200]}",
-                hint=f"fetch it with: hf download {source}",
-            ) from error
+            reason = str(error).splitlines()[0][:200]
+            raise Missing(f"the SegFormer {source!r} does not open: {reason}", f"hf download {source}") from error
         self.model = model.to(device).eval()
         self.classes = int(model.config.num_labels)
 
@@ -117,12 +115,12 @@ def read_landmarks(path: Path, scale: float = 1.0) -> Points:
         `(68, 2)`.
 
     Raises:
-        RecipeError: not 68 points.
+        UsageError: not 68 points.
     """
     try:
         points = np.loadtxt(path, dtype=np.float64, ndmin=2)
     except (OSError, ValueError) as error:
-        raise RecipeError(f"no landmarks: {str(error)[:120]}", where=str(path)) from error
+        raise UsageError(f"no landmarks: {str(error)[:120]}", where=str(path)) from error
     if points.shape != (LANDMARKS, 2) or not np.isfinite(points).all():
-        raise RecipeError(f"{points.shape[0]} points of {points.shape[1]} numbers, expected 68 of 2", where=str(path))
+        raise UsageError(f"{points.shape[0]} points of {points.shape[1]} numbers, expected 68 of 2", where=str(path))
     return points * scale

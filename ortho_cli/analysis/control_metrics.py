@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["confusion_counts", "edge_overlap", "landmark_errors", "landmark_summary", "segment_scores"]
+__all__ = ["confusion_counts", "edge_overlap", "landmark_distances", "landmark_summary", "segment_scores"]
 
 Points = NDArray[np.float64]
 IGNORED = 255  # the label of pixels that nobody labelled
@@ -37,7 +37,7 @@ def edge_overlap(drawn: NDArray[np.bool_], wanted: NDArray[np.bool_]) -> tuple[f
     return both / either, 2 * both / (both + either)
 
 
-def landmark_errors(drawn: Sequence[Points | None], wanted: Sequence[Points]) -> list[float | None]:
+def landmark_distances(drawn: Sequence[Points | None], wanted: Sequence[Points]) -> list[float | None]:
     """Average for each picture the distance of its landmarks from where they should be, in pixels.
 
     Args:
@@ -53,27 +53,27 @@ def landmark_errors(drawn: Sequence[Points | None], wanted: Sequence[Points]) ->
     ]
 
 
-def landmark_summary(errors: Sequence[float | None], side: float) -> dict[str, float]:
-    """Sum up the landmark errors of some pictures, those without a face among them.
+def landmark_summary(distances: Sequence[float | None], side: float) -> dict[str, float]:
+    """Sum up the landmark distances of some pictures, those without a face among them.
 
     Args:
-        errors: of `landmark_errors`.
+        distances: of `landmark_distances`.
         side: of the pictures, in pixels: what a picture without a face counts as being off.
 
     Returns:
-        `landmark_error`, over all pictures; `landmark_failures`, the share without a face; and, where there is any
-        face, `landmark_error_detected`, the published form: over pictures with a face alone, so that a model which
+        `landmark_distance`, over all pictures; `landmark_failures`, the share without a face; and, where there is any
+        face, `landmark_distance_detected`, the published form: over pictures with a face alone, so that a model which
         draws fewer faces is not judged worse.
 
     >>> landmark_summary([6.0, None], 512.0)
-    {'landmark_error': 259.0, 'landmark_failures': 0.5, 'landmark_error_detected': 6.0}
+    {'landmark_distance': 259.0, 'landmark_failures': 0.5, 'landmark_distance_detected': 6.0}
     """
-    found = [error for error in errors if error is not None]
+    found = [value for value in distances if value is not None]
     summary = {
-        "landmark_error": float(np.mean([side if error is None else error for error in errors])),
-        "landmark_failures": 1 - len(found) / len(errors),
+        "landmark_distance": float(np.mean([side if value is None else value for value in distances])),
+        "landmark_failures": 1 - len(found) / len(distances),
     }
-    return summary | ({"landmark_error_detected": float(np.mean(found))} if found else {})
+    return summary | ({"landmark_distance_detected": float(np.mean(found))} if found else {})
 
 
 def confusion_counts(drawn: NDArray[np.int64], wanted: NDArray[np.int64], classes: int) -> NDArray[np.int64]:

@@ -14,9 +14,9 @@ from typing import Literal
 __all__ = ["better", "is_share", "metric_title", "metric_value", "number_format", "scale", "slug", "tail"]
 
 LESS_IS_BETTER = re.compile(
-    r"(^|_)(loss|error|mse|mae|perplexity|ppl|fid|kid|lpips|nll|wer|penalty|defect|distance)($|_|@)"
+    r"(^|_)(loss|error|mse|mae|perplexity|ppl|fid|kid|lpips|nll|wer|penalty|defect|distance|failures)($|_|@)"
 )
-SHARES = re.compile(r"(^|_)(accuracy|f1|precision|recall|share|error)($|_|@|\d)")
+SHARES = re.compile(r"(^|_)(accuracy|f1|precision|recall|share|error|iou|failures)($|_|@|\d)")
 
 
 def tail(name: str) -> str:

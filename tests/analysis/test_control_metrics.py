@@ -14,11 +14,12 @@ from ortho_cli.analysis.control_detectors import FaceLandmarks, Segmenter, read_
 from ortho_cli.analysis.control_metrics import (
     confusion_counts,
     edge_overlap,
-    landmark_errors,
+    landmark_distances,
     landmark_summary,
     segment_scores,
 )
-from ortho_cli.errors import CheckpointError, RecipeError, UsageError
+from ortho_cli.analysis.evaluation import Missing
+from ortho_cli.errors import UsageError
 from ortho_cli.models.edges import canny
 
 RANDOM = np.random.default_rng(0)
@@ -56,13 +57,13 @@ def test_canny_is_opencvs_of_the_authors_thresholds() -> None:
 def test_failures_of_landmarks_count() -> None:
     wanted = [RANDOM.random((68, 2)) * 512 for _ in range(3)]
     moved = [wanted[0] + [3.0, 4.0], None, wanted[2]]
-    errors = landmark_errors(moved, wanted)
-    assert errors == [pytest.approx(5.0), None, 0.0]
-    summary = landmark_summary(errors, 512)
-    assert summary["landmark_error"] == pytest.approx((5 + 512 + 0) / 3)
+    distances = landmark_distances(moved, wanted)
+    assert distances == [pytest.approx(5.0), None, 0.0]
+    summary = landmark_summary(distances, 512)
+    assert summary["landmark_distance"] == pytest.approx((5 + 512 + 0) / 3)
     assert summary["landmark_failures"] == pytest.approx(1 / 3)
-    assert summary["landmark_error_detected"] == pytest.approx(2.5)
-    assert landmark_summary([None], 64) == {"landmark_error": 64, "landmark_failures": 1.0}
+    assert summary["landmark_distance_detected"] == pytest.approx(2.5)
+    assert landmark_summary([None], 64) == {"landmark_distance": 64, "landmark_failures": 1.0}
 
 
 def test_segment_scores_are_torchmetrics() -> None:
@@ -93,10 +94,10 @@ def test_annotations_and_landmark_files(tmp_path: Path) -> None:
     np.savetxt(tmp_path / "1.txt", points)
     assert np.allclose(read_landmarks(tmp_path / "1.txt", 0.5), points / 2)
     np.savetxt(tmp_path / "2.txt", points[:5])
-    with pytest.raises(RecipeError, match="5 points of 2 numbers"):
+    with pytest.raises(UsageError, match="5 points of 2 numbers"):
         read_landmarks(tmp_path / "2.txt")
     (tmp_path / "3.txt").write_text("no numbers", "utf-8")
-    with pytest.raises(RecipeError, match="no landmarks"):
+    with pytest.raises(UsageError, match="no landmarks"):
         read_landmarks(tmp_path / "3.txt")
 
 
@@ -119,9 +120,9 @@ def test_a_segformer_labels_every_pixel(tmp_path: Path) -> None:
 
 def test_what_is_missing_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "face_alignment", None)
-    with pytest.raises(CheckpointError, match="SegFormer 'nvidia/none' does not open") as caught:
+    with pytest.raises(Missing, match="SegFormer 'nvidia/none' does not open") as caught:
         Segmenter("nvidia/none")
-    assert caught.value.hint == "fetch it with: hf download nvidia/none"
-    with pytest.raises(UsageError, match="face-alignment") as absent:
+    assert caught.value.command == "hf download nvidia/none"
+    with pytest.raises(Missing, match="face-alignment") as absent:
         FaceLandmarks()
-    assert absent.value.hint == "pip install face-alignment"
+    assert absent.value.command == "pip install face-alignment"
