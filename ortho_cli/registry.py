@@ -42,21 +42,32 @@ TABLES: dict[str, dict[str, str]] = {
         "mlp": "ortho_cli.models.mlp:build",
         "hf-image": "ortho_cli.models.hf_image:build",
         "timm": "ortho_cli.models.timm_image:build",
+        "hf-text": "ortho_cli.models.hf_text:build",
         "forecaster": "ortho_cli.models.forecaster:build",
         "eigengan": "ortho_cli.models.eigengan:build",
+        "causal-lm": "ortho_cli.models.causal_lm:build",
+        "tiny-lm": "ortho_cli.models.causal_lm:build_tiny",
         "gan64": "ortho_cli.models.gan_simple:build",
         "gan128": "ortho_cli.models.gan_simple:build",
+        "transformer-small": "ortho_cli.models.translator:build",
+        "transformer-base": "ortho_cli.models.translator:build",
         "stable-diffusion": "ortho_cli.models.stable_diffusion:build",
     },
     # What is trained: data, loss and metrics.
     "tasks": {
         "classify": "ortho_cli.tasks.classify:ClassifyTask",
+        "glue": "ortho_cli.tasks.glue:GlueTask",
         "forecast": "ortho_cli.tasks.forecast:ForecastTask",
+        "instruct": "ortho_cli.tasks.instruct:InstructTask",
         "gan": "ortho_cli.tasks.gan:GANTask",
+        "translate": "ortho_cli.tasks.translate:TranslateTask",
     },
     # What `generate` makes with a run of a task.
     "makers": {
         "gan": "ortho_cli.training.generate_gan:MAKER",
+        "text_to_image": "ortho_cli.training.generate_diffusion:MAKER",
+        "dreambooth": "ortho_cli.training.generate_diffusion:MAKER",
+        "control": "ortho_cli.training.generate_diffusion:CONTROL_MAKER",
     },
     # What `evaluate` says of a task's outputs beyond its own metrics.
     "judges": {
@@ -69,6 +80,10 @@ TABLES: dict[str, dict[str, str]] = {
         "canny": "ortho_cli.analysis.control_scores:edges_of_folders",
         "landmarks": "ortho_cli.analysis.control_scores:landmarks_of_folders",
         "segments": "ortho_cli.analysis.control_scores:segments_of_folders",
+        "dino": "ortho_cli.analysis.subject_scores:dino_of_folders",
+        "clip-i": "ortho_cli.analysis.subject_scores:clip_i_of_folders",
+        "clip-t": "ortho_cli.analysis.subject_scores:clip_t_of_folders",
+        "lpips": "ortho_cli.analysis.subject_scores:lpips_of_folders",
     },
     # What a recipe may do to a model while it trains.
     "methods": {

@@ -94,12 +94,16 @@ class HubNetwork:
         self.mean, self.std = told.get("image_mean") or MEAN, told.get("image_std") or STD
         self.side = _side(told, self.model)
 
-    def __call__(self, pictures: Tensor) -> Tensor:
+    def normalized(self, pictures: Tensor) -> Tensor:
+        """Pictures as the network was trained to see them: its side, its mean and deviation of each channel."""
         values = resized(as_unit(pictures), self.side)
         mean, std = (values.new_tensor(each)[:, None, None] for each in (self.mean, self.std))
+        return (values - mean) / std
+
+    def __call__(self, pictures: Tensor) -> Tensor:
         model: Any = self.model
         embed = getattr(model, "get_image_features", None) or partial(model)
-        found: Any = embed(pixel_values=(values - mean) / std)
+        found: Any = embed(pixel_values=self.normalized(pictures))
         if not isinstance(found, Tensor):
             pooled = getattr(found, "pooler_output", None)
             found = found.last_hidden_state if pooled is None else pooled
