@@ -40,13 +40,12 @@ def edges_of_folders(
     """Compare canny edges of each generated picture with those of its reference; means over pictures.
 
     Raises:
-        UsageError: a picture without a reference, or one of another size.
-        Missing: OpenCV is not installed.
+        Missing: OpenCV is not installed, or a picture has no reference of its size.
     """
     if importlib.util.find_spec("cv2") is None:
         raise Missing("OpenCV is not installed", "pip install 'ortho-cli[eval]'")
     found = []
-    for mine, other in _told(paired(generated, reference), options, "edges"):
+    for mine, other in _pairs(generated, reference):
         drawn, wanted = (np.asarray(picture) for picture in (generated.open(mine), reference.open(other)))
         _same_size(generated.root / mine, drawn.shape, wanted.shape)
         found.append(edge_overlap(canny(drawn, low, high), canny(wanted, low, high)))
@@ -63,12 +62,13 @@ def landmarks_of_folders(
     file it is found in the reference. A reference in which no face is found asks for nothing, and is left out.
 
     Raises:
-        UsageError: a picture without a reference, or a file that holds no landmarks.
-        Missing: face-alignment is not installed.
+        UsageError: a file that holds no landmarks.
+        Missing: face-alignment is not installed, or a picture has no reference.
     """
+    pairs = _pairs(generated, reference)
     detect = FaceLandmarks(str(options.device))
     drawn, wanted, sides = [], [], []
-    for mine, other in _told(paired(generated, reference), options, "landmarks"):
+    for mine, other in pairs:
         picture = generated.open(mine)
         listed = (reference.root / other).with_suffix(".txt")
         if listed.is_file():
@@ -94,12 +94,12 @@ def segments_of_folders(
     """Segment generated pictures, and compare with annotations or, where references are colour, with their segments.
 
     Raises:
-        UsageError: a picture without a reference, or one of another size.
-        Missing: the SegFormer is not there.
+        Missing: the SegFormer is not there, or a picture has no reference of its size.
     """
+    pairs = _pairs(generated, reference)
     segment = Segmenter(model, str(options.device))
     counts: NDArray[np.int64] = np.zeros((segment.classes, segment.classes), np.int64)
-    for mine, other in _told(paired(generated, reference), options, "segments"):
+    for mine, other in pairs:
         drawn, original = segment(generated.open(mine)), _as_it_is(reference.root / other)
         wanted = read_labels(original) if original.mode in LABEL_MODES else segment(original)
         _same_size(generated.root / mine, drawn.shape, wanted.shape)
@@ -109,9 +109,12 @@ def segments_of_folders(
     return segment_scores(counts)
 
 
-def _told(pairs: list[tuple[str, str]], options: PictureOptions, what: str) -> list[tuple[str, str]]:
-    options.say(f"{what}: {len(pairs):,} pictures")
-    return pairs
+def _pairs(generated: PictureFolder, reference: PictureFolder) -> list[tuple[str, str]]:
+    """Which reference belongs to each picture; folders that do not belong together have no such scores."""
+    try:
+        return paired(generated, reference)
+    except UsageError as error:
+        raise Missing(error.message, error.hint) from error
 
 
 def _as_it_is(path: Path) -> Image:
@@ -124,7 +127,7 @@ def _as_it_is(path: Path) -> Image:
 
 def _same_size(path: Path, drawn: tuple[int, ...], wanted: tuple[int, ...]) -> None:
     if drawn[:2] != wanted[:2]:
-        raise UsageError(
+        raise Missing(
             f"{path} is {drawn[1]} x {drawn[0]} pixels, its reference {wanted[1]} x {wanted[0]}",
-            hint="generate at the references' size, or resize these",
+            "generate at the references' size, or resize these",
         )

@@ -17,7 +17,6 @@ from ortho_cli.analysis.evaluation import Skipped
 from ortho_cli.analysis.metric_names import better, is_share
 from ortho_cli.analysis.picture_folder import open_folder
 from ortho_cli.analysis.picture_metrics import PictureOptions, measure_pictures
-from ortho_cli.errors import UsageError
 
 
 def no_network() -> Any:
@@ -25,6 +24,7 @@ def no_network() -> Any:
 
 
 OPTIONS = PictureOptions(no_network)
+NAMES = ["canny", "landmarks", "segments"]
 RANDOM = np.random.default_rng(0)
 
 
@@ -34,7 +34,7 @@ def save(path: Path, pixels: Any) -> None:
 
 
 def test_the_names_are_in_the_registry() -> None:
-    assert {"canny", "landmarks", "segments"} <= set(registry.names("picture_metrics"))
+    assert set(NAMES) <= set(registry.names("picture_metrics"))
     assert better("landmark_distance") == better("landmark_failures") == "min"
     assert better("canny_f1") == better("mean_iou") == "max"
     assert is_share("canny_iou")
@@ -61,8 +61,14 @@ def test_edges(tmp_path: Path) -> None:
     assert values["canny_iou"] == pytest.approx((both / either + 1 + 1) / 3)
     assert values["canny_f1"] == pytest.approx((2 * both / (both + either) + 1 + 1) / 3)
     save(tmp_path / "reference" / "000000.png", RANDOM.integers(0, 256, (20, 40, 3)))
-    with pytest.raises(UsageError, match="40 x 40 pixels, its reference 40 x 20"):
-        measure_pictures(open_folder(tmp_path / "generated"), open_folder(tmp_path / "reference"), ["canny"], OPTIONS)
+    folders = open_folder(tmp_path / "generated"), open_folder(tmp_path / "reference")
+    (told,) = measure_pictures(*folders, ["canny"], OPTIONS)[1]
+    assert "40 x 40 pixels, its reference 40 x 20" in str(told)
+    (tmp_path / "reference" / "000001.png").unlink()
+    values, skipped = measure_pictures(folders[0], open_folder(tmp_path / "reference"), NAMES, OPTIONS)
+    assert not values
+    assert [each.metric for each in skipped] == NAMES
+    assert all("has no reference in" in str(each) for each in skipped)
 
 
 def test_landmarks_count_what_has_no_face(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
