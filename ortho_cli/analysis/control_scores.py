@@ -119,10 +119,12 @@ def _pairs(generated: PictureFolder, reference: PictureFolder) -> list[tuple[str
 
 def _as_it_is(path: Path) -> Image:
     """A reference with the channels that it is stored with."""
-    from PIL import Image
+    from PIL import Image as PIL
 
-    with Image.open(path) as picture:
-        return picture.copy()
+    with PIL.open(path) as picture:
+        picture.load()
+    found: Image = picture
+    return found
 
 
 def _same_size(path: Path, drawn: tuple[int, ...], wanted: tuple[int, ...]) -> None:
