@@ -7,11 +7,13 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from ortho_cli.recipe.section import Count, Positive, Rejection, Section, Share, Text
+from ortho_cli.recipe.architecture import Architecture
+from ortho_cli.recipe.models_diffusion import StableDiffusion
+from ortho_cli.recipe.section import Count, Positive, Rejection, Share, Text
 
 __all__ = [
     "MLP", "VGG", "Architecture", "EigenGAN", "Forecaster", "HFImage", "Model", "ResNet", "ResNet32x2", "SimpleGAN",
-    "SmallStemResNet", "Timm", "VitB16", "VitMini", "WideResNet",
+    "SmallStemResNet", "StableDiffusion", "Timm", "VitB16", "VitMini", "WideResNet",
 ]  # fmt: skip
 
 Base = Annotated[
@@ -23,13 +25,6 @@ Depth = Annotated[Count, Field(description="Number of blocks.")]
 Heads = Annotated[Count, Field(description="Attention heads in a block.")]
 Width = Annotated[Count, Field(description="Width of a token.")]
 QKVBias = Annotated[bool, Field(description="Biases in the query, key and value projections.")]
-
-
-class Architecture(Section):
-    """What the `model` section names."""
-
-    is_its_base: ClassVar[bool] = False
-    """Whether the builder reads `model.base` itself, because the architecture is the base's."""
 
 
 class _Pictures(Architecture):
@@ -203,6 +198,6 @@ class SimpleGAN(_Generating):
 
 Model = Annotated[
     ResNet | ResNet32x2 | SmallStemResNet | VGG | WideResNet | VitMini | VitB16 | MLP | HFImage | Timm | Forecaster
-    | EigenGAN | SimpleGAN,
+    | EigenGAN | SimpleGAN | StableDiffusion,
     Field(discriminator="name"),
 ]  # fmt: skip

@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ortho_cli.checkpoints import layouts
+from ortho_cli.checkpoints import layouts, sd15_configs
 from ortho_cli.checkpoints.dialects.contents import ortho_method
 from ortho_cli.checkpoints.factored import factored_config, factored_layers
 from ortho_cli.checkpoints.store import Checkpoint, open_checkpoint
@@ -17,7 +17,6 @@ from ortho_cli.checkpoints.tensors import TensorInfo
 from ortho_cli.checkpoints.writer import Piece, copied
 from ortho_cli.errors import CheckpointError, TargetError, UsageError
 
-from . import sd15_configs
 from .fit import input_files
 from .hra_repo import has_hra, hra_layers, is_sd15_ldm, plain_names
 from .ldm_buffers import CONTROL_SHAPES, TIMESTEPS, ldm_only_pieces

@@ -182,10 +182,13 @@ def build_model(recipe: Any, task: Any, *, judging: bool = False) -> tuple[nn.Mo
         CheckpointError: the base does not fit.
         UsageError: gradient checkpointing of a model that cannot have it.
     """
+    own_base = recipe.model.is_its_base and recipe.model.base is not None
+    checkpoint = open_base(recipe.model.base)[0] if own_base else None
     model: nn.Module = task.build_model(recipe.model)
     left_over: list[str] = []
-    if recipe.model.is_its_base:  # and has loaded it, but for an adapter that the base holds
-        hold_reflections(inner_model(model), open_base(recipe.model.base)[0])
+    if checkpoint is not None:  # the builder has loaded it, but for an adapter that the base holds
+        hold_reflections(inner_model(model), checkpoint)
+        task.take_over(model, checkpoint)
     elif recipe.model.base is not None and not (judging and is_gone(recipe.model.base)):
         left_over = load_base(model, recipe.model.base)
     if recipe.train.checkpoint_gradients:

@@ -24,7 +24,9 @@ SMALL = {
 }
 # Tested on their own: what has its base's sizes, what a library has, what takes no pictures, and what makes them.
 OWN = [
-    name for name in TABLES["models"] if name not in ("hf-image", "timm", "forecaster", "eigengan", "gan64", "gan128")
+    name
+    for name in TABLES["models"]
+    if name not in ("hf-image", "timm", "forecaster", "eigengan", "gan64", "gan128", "stable-diffusion")
 ]
 
 

@@ -9,8 +9,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from ortho_cli.checkpoints.store import read_json
 from ortho_cli.errors import CheckpointError, TargetError
+
+from .hub import HubId, parse_hub_id
+from .store import read_json
 
 __all__ = ["COMPANIONS", "SCHEDULER", "WEIGHT_NAMES", "companion_folder", "component_config", "model_index"]
 
@@ -77,7 +79,7 @@ def component_config(component: str, shapes: Mapping[str, tuple[int, ...]], fold
     if name in shapes and shapes[name][axis] != size:
         raise TargetError(
             f"the {component} is not of Stable Diffusion 1.5's size: {name} is {shapes[name]}, with {size} expected",
-            hint="give a diffusers folder with its config.json as --base",
+            hint="give a diffusers folder whose config.json says its sizes (--base; in a recipe model.config)",
         )
     # Inpainting UNets have 9 input channels.
     return {**config, "in_channels": shapes["conv_in.weight"][1]} if "conv_in.weight" in shapes else dict(config)
@@ -99,33 +101,35 @@ def model_index(components: Iterable[str], folder: Path | None) -> dict[str, Any
     return {**index, "requires_safety_checker": False, "safety_checker": [None, None]}
 
 
-def companion_folder(base: str | None) -> Path | None:
+def companion_folder(base: str | None, option: str = "--base") -> Path | None:
     """The folder to take tokenizer and scheduler from: the one given, else the hub cache's copy of SD1.5, else None.
+
+    Args:
+        base: a folder or hub id.
+        option: what it was given as, for messages.
 
     Raises:
         CheckpointError: a base was given and is no folder of a pipeline, or cannot be fetched.
     """
-    from ortho_cli.checkpoints.hub import HubId, parse_hub_id
-
     if base is not None:
         path = Path(base).expanduser()
         if not path.is_dir():
             hub = parse_hub_id(base)
             if hub is None:
-                raise CheckpointError(f"--base {base} is neither a folder nor a hub id")
+                raise CheckpointError(f"{option} {base} is neither a folder nor a hub id")
             return _snapshot(hub, local_only=False)
         if not (path / "tokenizer").is_dir():
-            raise CheckpointError(f"{path.name} has no tokenizer/ folder", hint="give a diffusers folder as --base")
+            raise CheckpointError(f"{path.name} has no tokenizer/ folder", hint=f"give a diffusers folder as {option}")
         return path
     return _snapshot(HubId(HUB_BASE), local_only=True)
 
 
 def _snapshot(hub: Any, *, local_only: bool) -> Path | None:
-    """Only the small companion folders of a pipeline on the hub, or of its cached copy."""
+    """Only the small companion folders and configurations of a pipeline on the hub, or of its cached copy."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-    patterns = [f"{folder}/*" for folder in COMPANIONS]
+    patterns = ["model_index.json", "*/config.json", *(f"{folder}/*" for folder in COMPANIONS)]
     try:
         return Path(
             snapshot_download(hub.repo, revision=hub.revision, allow_patterns=patterns, local_files_only=local_only)
