@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from ortho_cli.errors import CheckpointError
 if TYPE_CHECKING:
     from ortho_cli.checkpoints.checkpoint import Checkpoint
 
-__all__ = ["CONTROL", "STRIDE", "HintEncoder", "hint_added", "load_hint_encoder"]
+__all__ = ["CONTROL", "STRIDE", "HintEncoder", "add_hint_encoder", "hint_added", "load_hint_encoder"]
 
 CONTROL = "control_model"  # what LDM files call it, and so the name of the module in a model
 STRIDE = 8  # pixels of a hint for one of the latents, of whatever autoencoder
@@ -61,6 +61,18 @@ class HintEncoder(nn.Module):
     def forward(self, hint: Tensor) -> Tensor:
         features: Tensor = self.input_hint_block(hint)
         return features
+
+
+def add_hint_encoder(model: Any) -> HintEncoder:
+    """Give a Stable Diffusion a hint encoder, which trains beside any adapter of the rest and is saved with it.
+
+    Args:
+        model: a `StableDiffusion`, changed in place.
+    """
+    encoder = HintEncoder(model.unet.config.block_out_channels[0])
+    setattr(model, CONTROL, encoder)
+    model.head = (CONTROL,)
+    return encoder
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ortho_cli.errors import UsageError
 
+from .hint_encoder import CONTROL, hint_added
 from .stable_diffusion_files import Parts, base_parts, random_parts, read_weights
 
 if TYPE_CHECKING:
@@ -38,7 +39,8 @@ class StableDiffusion(nn.Module):
         notes: what the user should know about how it was loaded.
 
     Shapes: noisy latents `(B, 4, h, w)`, timesteps `(B,)` and the text (token ids `(B, L)` or the encoder's output
-    `(B, L, d)`) to the prediction `(B, 4, h, w)` in float32.
+    `(B, L, d)`) to the prediction `(B, 4, h, w)` in float32; with a hint encoder (`add_hint_encoder`) also of a hint
+    `(B, 3, 8h, 8w)`.
     """
 
     alphas_cumprod: Tensor
@@ -77,11 +79,13 @@ class StableDiffusion(nn.Module):
         self.unet.enable_gradient_checkpointing()
         self.text_encoder.gradient_checkpointing_enable()
 
-    def forward(self, noisy: Tensor, timesteps: Tensor, text: Tensor) -> Tensor:
+    def forward(self, noisy: Tensor, timesteps: Tensor, text: Tensor, hint: Tensor | None = None) -> Tensor:
         if not text.is_floating_point():
             text = self.encode_text(text)
         own = self.unet.dtype
-        predicted: Tensor = self.unet(noisy.to(own), timesteps, encoder_hidden_states=text.to(own)).sample
+        features = None if hint is None else self.get_submodule(CONTROL)(hint)
+        with nullcontext() if features is None else hint_added(self.unet.conv_in, features):
+            predicted: Tensor = self.unet(noisy.to(own), timesteps, encoder_hidden_states=text.to(own)).sample
         return predicted.float()
 
     def encode_text(self, tokens: Tensor) -> Tensor:
