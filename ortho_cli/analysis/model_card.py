@@ -25,7 +25,7 @@ __all__ = ["CARD", "DATASETS", "TASK_TYPES", "card_text"]
 
 CARD = "README.md"
 # The hub's words for our tasks, and the metrics that it knows.
-TASK_TYPES = {"classify": "image-classification", "forecast": "time-series-forecasting"}
+TASK_TYPES = {"classify": "image-classification", "glue": "text-classification", "forecast": "time-series-forecasting"}
 HUB_METRICS = {"accuracy", "f1", "precision", "recall", "bleu", "perplexity", "rouge", "mse", "mae"}
 # Where the sets that recipes name by a short word are on the hub; others say it in data.source.
 DATASETS = {
@@ -67,7 +67,7 @@ def _front_matter(run: Run, adapters: list[Path]) -> str:
     from huggingface_hub import EvalResult, ModelCardData
 
     recipe, data = run.recipe, run.recipe.data
-    dataset = re.split("[@:]", data.source or "")[0] or DATASETS.get(data.name)
+    dataset = re.split("[@:]", getattr(data, "source", None) or "")[0] or DATASETS.get(data.name)
     task_type = TASK_TYPES.get(recipe.task.name, recipe.task.name)
     finals = {name: series.final for name, series in run.metrics.items() if name.startswith("eval/")}
     measured = {name: value for name, value in finals.items() if math.isfinite(value)}

@@ -16,7 +16,7 @@ from .adapter_layer import AdapterLayer, adapter_layers
 from .add import insert_hra
 from .continued import check_layers, check_settings, layer_ranks
 from .hra_layer import HRALayer
-from .inject import choose, freeze, inner_model, set_biases, train_modules
+from .inject import choose, freeze, inner_model, own_head, set_biases, train_modules
 from .load import attach
 from .method import Context, Method
 from .orthogonality import reflection_details, reflection_summary, vectors_penalty
@@ -50,7 +50,7 @@ class HRAMethod(Method):
             RecipeError: a key that contradicts the adapter to go on with.
         """
         config: HRA = self.config
-        model = inner_model(model)
+        head, model = own_head(model), inner_model(model)
         held = {name: layer for name, layer in adapter_layers(model).items() if isinstance(layer, HRALayer)}
         if config.adapter is not None:
             names = attach(model, read_adapter(config.adapter), ("hra",))
@@ -69,7 +69,7 @@ class HRAMethod(Method):
         for layer in self.layers.values():
             layer.vectors.requires_grad_(True)
         set_biases(model, config.bias)
-        train_modules(model, config.modules_to_save)
+        train_modules(model, (*head, *config.modules_to_save))
         check_savable(self.layers)
         if config.gram_schmidt and config.start == "reflection" and not source:
             self.notes.append("start: reflection, the paper's form, does not start at the identity")

@@ -22,6 +22,7 @@ __all__ = [
     "initial_vectors",
     "inner_model",
     "named_layers",
+    "own_head",
     "replace_modules",
     "set_biases",
     "train_modules",
@@ -205,6 +206,14 @@ def train_modules(model: nn.Module, patterns: Sequence[str]) -> None:
                 hint="name modules without one in modules_to_save, or exclude its layers",
             )
         module.requires_grad_(True)
+
+
+def own_head(model: nn.Module) -> list[str]:
+    """The modules that a wrapper of ours says are the task's own: a new head trains beside any adapter.
+
+    Names are those inside `inner_model`.
+    """
+    return list(getattr(model, "task_head", ()))
 
 
 def initial_vectors(width: int, rank: int, *, seed: int, name: str, gram_schmidt: bool = False) -> Tensor:

@@ -15,7 +15,7 @@ from .adapter_folder import write_adapter
 from .adapter_layer import AdapterLayer, adapter_layers
 from .add import insert_lora
 from .continued import check_layers, check_settings, layer_ranks
-from .inject import choose, inner_model, train_modules
+from .inject import choose, inner_model, own_head, train_modules
 from .load import attach
 from .lora_layer import LoRALayer
 from .method import Context, Method
@@ -44,7 +44,7 @@ class LoRAMethod(Method):
             RecipeError: a key that contradicts the adapter to go on with.
         """
         config: LoRA = self.config
-        model = inner_model(model)
+        head, model = own_head(model), inner_model(model)
         if config.adapter is None:
             names = insert_lora(
                 model, config.rank, config.targets, exclude=config.exclude, alpha=config.alpha, rslora=config.rslora,
@@ -58,7 +58,7 @@ class LoRAMethod(Method):
             self._check_continued(model, f"adapter {Path(config.adapter).name}")
         for layer in self.layers.values():
             layer.dropout = config.dropout
-        train_modules(model, config.modules_to_save)
+        train_modules(model, (*head, *config.modules_to_save))
         check_savable(self.layers)
 
     def _check_continued(self, model: nn.Module, source: str) -> None:

@@ -24,7 +24,7 @@ from ortho_cli.errors import CheckpointError, RecipeError, TargetError, UsageErr
 
 from .adapter_folder import tensor_piece
 from .adapter_layer import AdapterLayer
-from .inject import inner_model
+from .inject import inner_model, own_head
 from .method import Context, Method
 
 if TYPE_CHECKING:
@@ -51,8 +51,11 @@ class PEFTMethod(Method):
             RecipeError: a type or a key that the installed PEFT does not have.
             TargetError: PEFT finds no layer, or refuses one.
         """
-        peft, model = _installed(), inner_model(model)
-        config = _peft_config(peft, dict(self.config.config))
+        peft, head, model = _installed(), own_head(model), inner_model(model)
+        keys = dict(self.config.config)
+        if head:  # as PEFT's own wrappers for a task do
+            keys["modules_to_save"] = list(dict.fromkeys([*(keys.get("modules_to_save") or ()), *head]))
+        config = _peft_config(peft, keys)
         before = {name for name, _ in model.named_parameters()}
         ours = [p for m in model.modules() if isinstance(m, AdapterLayer) for p in m.adapter_parameters()]
         with torch.random.fork_rng(devices=[]), _noted(self.notes):

@@ -6,7 +6,9 @@ in a `Pretrained` of its own, which only translates a batch into the library's a
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +17,9 @@ from torch import nn
 
 from ortho_cli.errors import CheckpointError, UsageError
 
-__all__ = ["ADAPTED", "Family", "Pretrained", "load_pretrained", "read_config", "transformers_library"]
+from .hf_known import KNOWN
+
+__all__ = ["ADAPTED", "Family", "Pretrained", "load_pretrained", "on_meta", "read_config", "transformers_library"]
 
 # In a base that holds an adapter, the adapted layers' own weights; the adapter is put on by who reads the base.
 ADAPTED = {r"\.fixed_linear\.": "."}
@@ -82,7 +86,7 @@ def transformers_library(family: Family) -> Any:
 
 
 def read_config(family: Family, base: str) -> Any:
-    """The configuration of a folder or hub id.
+    """The configuration of a folder or hub id; on the meta device, of a base that cannot be reached the known one.
 
     Raises:
         UsageError: transformers is not installed.
@@ -92,7 +96,15 @@ def read_config(family: Family, base: str) -> Any:
     try:
         return library.AutoConfig.from_pretrained(base)
     except (OSError, ValueError) as error:
+        known = dict(KNOWN.get(base, {}))
+        if known and on_meta():
+            return library.AutoConfig.for_model(known.pop("model_type"), **known)
         raise _refusal(family, base, error) from error
+
+
+def on_meta() -> bool:
+    """Whether architectures are made without weights: a dry run."""
+    return torch.get_default_device().type == "meta"
 
 
 def load_pretrained(
@@ -126,15 +138,17 @@ def load_pretrained(
         CheckpointError: the base is of another kind, or lacks weights.
     """
     loader: Any = getattr(transformers_library(family), family.loader)
-    fresh = set[str]()
+    fresh, notes = set[str](), []
     try:
-        if torch.get_default_device().type == "meta":
+        if on_meta():
             model = loader.from_config(config)
+            notes += [] if config.name_or_path else [f"{base} is not here; its sizes are those that are known of it"]
         else:
-            model, loading = loader.from_pretrained(
-                base, config=config, ignore_mismatched_sizes=True, output_loading_info=True, key_mapping=ADAPTED,
-                **options or {},
-            )  # fmt: skip
+            with _silent(transformers_library(family)):  # what is new or missing is ours to say
+                model, loading = loader.from_pretrained(
+                    base, config=config, ignore_mismatched_sizes=True, output_loading_info=True, key_mapping=ADAPTED,
+                    **options or {},
+                )  # fmt: skip
             fresh = _fresh_names(loading)
     except (OSError, ValueError) as error:  # not found, offline, gated; or of a kind that has no such model
         raise _refusal(family, base, error) from error
@@ -145,13 +159,28 @@ def load_pretrained(
             f"model.base {base!r} lacks {more}: {len(missing)} tensors, first {missing[0]!r}",
             hint="is the folder complete? list it with: ortho inspect BASE",
         )
-    notes = [f"new head: {name}" for name in sorted(fresh)]
+    notes += [f"new head: {name}" for name in sorted(fresh)]
     if dtype is not None:
         stored = sorted({str(p.dtype) for p in model.parameters() if p.is_floating_point()} - {str(dtype)})
         if stored:
             notes.append(f"from {', '.join(stored)} to {dtype}, to train in".replace("torch.", ""))
         model = model.to(dtype)
     return model, notes
+
+
+@contextmanager
+def _silent(library: Any) -> Iterator[None]:
+    logs = library.utils.logging
+    level, bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
+    logs.set_verbosity_error()
+    if not sys.stderr.isatty():
+        logs.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logs.set_verbosity(level)
+        if bars:
+            logs.enable_progress_bar()
 
 
 def _refusal(family: Family, base: str, error: Exception) -> CheckpointError:

@@ -8,9 +8,10 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from ortho_cli.recipe.data_text import GLUE, Docstrings, TextTable
 from ortho_cli.recipe.section import Count, Rejection, Section, Share, Text, Whole
 
-__all__ = ["Data", "Images", "Series"]
+__all__ = ["GLUE", "Data", "Docstrings", "Images", "Series", "TextTable"]
 
 
 class Images(Section):
@@ -95,4 +96,4 @@ class Series(Section):
             yield ("shares",), f"{self.shares[0]} and {self.shares[1]} leave one of the three parts without rows"
 
 
-Data = Annotated[Images | Series, Field(discriminator="name")]
+Data = Annotated[Images | GLUE | TextTable | Docstrings | Series, Field(discriminator="name")]

@@ -9,11 +9,12 @@ from pydantic import Field
 
 from ortho_cli.recipe.architecture import Architecture
 from ortho_cli.recipe.models_diffusion import StableDiffusion
+from ortho_cli.recipe.models_text import HFText
 from ortho_cli.recipe.section import Count, Positive, Rejection, Share, Text
 
 __all__ = [
-    "MLP", "VGG", "Architecture", "EigenGAN", "Forecaster", "HFImage", "Model", "ResNet", "ResNet32x2", "SimpleGAN",
-    "SmallStemResNet", "StableDiffusion", "Timm", "VitB16", "VitMini", "WideResNet",
+    "MLP", "VGG", "Architecture", "EigenGAN", "Forecaster", "HFImage", "HFText", "Model", "ResNet", "ResNet32x2",
+    "SimpleGAN", "SmallStemResNet", "StableDiffusion", "Timm", "VitB16", "VitMini", "WideResNet",
 ]  # fmt: skip
 
 Base = Annotated[
@@ -198,6 +199,6 @@ class SimpleGAN(_Generating):
 
 Model = Annotated[
     ResNet | ResNet32x2 | SmallStemResNet | VGG | WideResNet | VitMini | VitB16 | MLP | HFImage | Timm | Forecaster
-    | EigenGAN | SimpleGAN | StableDiffusion,
+    | HFText | EigenGAN | SimpleGAN | StableDiffusion,
     Field(discriminator="name"),
 ]  # fmt: skip

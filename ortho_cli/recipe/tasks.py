@@ -7,8 +7,9 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from ortho_cli.recipe.section import Count, NotNegative, Section, Share
+from ortho_cli.recipe.tasks_text import Glue
 
-__all__ = ["GAN", "Classify", "Forecast", "Task"]
+__all__ = ["GAN", "Classify", "Forecast", "Glue", "Task"]
 
 
 class Classify(Section):
@@ -60,4 +61,4 @@ class GAN(Section):
     compat: None = Field(default=None, description="No published number needs a deviation of this task.")
 
 
-Task = Annotated[Classify | Forecast | GAN, Field(discriminator="name")]
+Task = Annotated[Classify | Glue | Forecast | GAN, Field(discriminator="name")]

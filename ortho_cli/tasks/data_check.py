@@ -7,15 +7,17 @@ from typing import Any
 from torch import Tensor
 
 from ortho_cli.recipe.data import Images, Series
+from ortho_cli.recipe.data_text import Sentences
 
 from .image_data import load_images
 from .image_specs import SPECS, sources
 from .series_check import check_series, describe_series
+from .text_check import check_texts, describe_texts, found_texts
 
 __all__ = ["check_data", "describe_data", "found_text"]
 
 
-def describe_data(config: Images | Series) -> str:
+def describe_data(config: Images | Series | Sentences) -> str:
     """What the recipe's data is, how a local copy looks, and how to get it; nothing is opened.
 
     Args:
@@ -26,6 +28,8 @@ def describe_data(config: Images | Series) -> str:
     """
     if isinstance(config, Series):
         return describe_series(config)
+    if isinstance(config, Sentences):
+        return describe_texts(config)
     spec = SPECS[config.name]
     lines = [f"{spec.name}: {spec.title}"]
     if config.path is not None:
@@ -37,7 +41,7 @@ def describe_data(config: Images | Series) -> str:
     return "\n".join([*lines, "to get it:", *(f"  {line}" for line in sources(spec))])
 
 
-def check_data(config: Images | Series) -> dict[str, Any]:
+def check_data(config: Images | Series | Sentences) -> dict[str, Any]:
     """Open all parts of a recipe's data and count them.
 
     Args:
@@ -55,6 +59,8 @@ def check_data(config: Images | Series) -> dict[str, Any]:
     """
     if isinstance(config, Series):
         return check_series(config)
+    if isinstance(config, Sentences):
+        return check_texts(config)
     train, judged = load_images(config, "train"), load_images(config, "eval")
     for images in (train, judged):
         if not isinstance(images.images, Tensor):
@@ -74,6 +80,8 @@ def found_text(found: dict[str, Any]) -> str:
         columns = f"{len(found['columns'])} columns ({', '.join(found['columns'])})"
         parts = f"{found['train']} rows to train on, {found['val']} to validate, {found['test']} to test"
         return f"found: {columns}; {parts}"
+    if "labels" in found:
+        return found_texts(found)
     kept = "" if found["kept"] == found["classes"] else f", {found['kept']} of them kept"
     classes = f"{found['classes']} classes{kept}" if found["classes"] > 1 else "no classes"
     return f"found: {found['train']} samples to train on, {found['eval']} to judge by; {classes}"

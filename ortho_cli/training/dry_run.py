@@ -46,6 +46,7 @@ def describe(recipe: Any) -> dict[str, Any]:
     details: list[dict[str, Any]] = []
     with torch.device("meta"):
         model: nn.Module = task.build_model(recipe.model)
+        notes += [f"model: {note}" for note in getattr(model, "notes", ())]
         if recipe.train.checkpoint_gradients:
             recompute_activations(model)
         before = _count(model.parameters())
