@@ -82,7 +82,7 @@ class StableDiffusion(nn.Module):
     def forward(self, noisy: Tensor, timesteps: Tensor, text: Tensor, hint: Tensor | None = None) -> Tensor:
         if not text.is_floating_point():
             text = self.encode_text(text)
-        own = self.unet.dtype
+        own = self.unet.conv_in.weight.dtype  # adapters are in float32 whatever the base is in
         features = None if hint is None else self.get_submodule(CONTROL)(hint)
         with nullcontext() if features is None else hint_added(self.unet.conv_in, features):
             predicted: Tensor = self.unet(noisy.to(own), timesteps, encoder_hidden_states=text.to(own)).sample
@@ -99,7 +99,7 @@ class StableDiffusion(nn.Module):
 
         In the scale that the UNet works in; float32. `draw_latents` draws from them.
         """
-        found = self.vae.encode(pictures.to(self.vae.dtype)).latent_dist
+        found = self.vae.encode(pictures.to(self.vae.encoder.conv_in.weight.dtype)).latent_dist
         config = self.vae.config
         shift = getattr(config, "shift_factor", None) or 0.0
         return torch.stack([found.mean.float() - shift, found.std.float()], dim=1) * config.scaling_factor
@@ -109,7 +109,9 @@ class StableDiffusion(nn.Module):
         """Pictures `(B, 3, H, W)` in [-1, 1], float32, of latents `(B, 4, h, w)` in the UNet's scale."""
         config = self.vae.config
         shift = getattr(config, "shift_factor", None) or 0.0
-        pictures: Tensor = self.vae.decode((latents / config.scaling_factor + shift).to(self.vae.dtype)).sample
+        pictures: Tensor = self.vae.decode(
+            (latents / config.scaling_factor + shift).to(self.vae.decoder.conv_in.weight.dtype)
+        ).sample
         return pictures.float().clamp(-1, 1)
 
     def tokens(self, prompts: list[str]) -> Tensor:

@@ -123,7 +123,9 @@ def restore_for_judging(session: Session, folder: Path) -> None:
     flat = load_tensors(moments) if moments.is_file() else {}
     load_methods(session.methods, state["methods"], flat)
     session.model.to(session.accelerator.device)
-    load_model(session.model, load_tensors(folder / "model.safetensors"))
+    load_model(
+        session.model, load_tensors(folder / "model.safetensors"), session.base, read_state(folder).get("base")
+    )
     if session.average is not None:
         session.average.values = held_as_parameters(session.model, load_tensors(folder / "ema.safetensors"))
 

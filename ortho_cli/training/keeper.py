@@ -174,7 +174,9 @@ class Keeper:
         """
         session, counters = self.session, self.counters
         average = session.average.values if session.average is not None else None
-        snapshot = capture(session.model, session.optimizers, session.methods, average, keep=session.is_main)
+        snapshot = capture(
+            session.model, session.optimizers, session.methods, average, base=session.base, keep=session.is_main
+        )
         scaler = session.accelerator.scaler
         snapshot.state |= {
             "step": counters.step, "counters": asdict(counters), "window": self.window.state(),
@@ -199,7 +201,7 @@ class Keeper:
         session = self.session
         state, flat = read_state(folder), load_tensors(folder / "optimizer.safetensors")
         load_methods(session.methods, state["methods"], flat)
-        load_model(session.model, load_tensors(folder / "model.safetensors"))
+        load_model(session.model, load_tensors(folder / "model.safetensors"), session.base, state.get("base"))
         prepare_training(session)
         for phase, optimizer in session.optimizers.items():
             load_optimizer(optimizer, session.model, without_prefix(flat, f"{phase}/"), state["optimizers"][phase])

@@ -26,13 +26,14 @@ from ortho_cli.methods.method import Context, Method
 from ortho_cli.tasks.task import Task
 
 from .base import is_gone, load_base, open_base
+from .base_weights import BaseWeights
 from .ema import Average
 from .optimizers import build_optimizer, keep_moments, parameter_groups, set_learning_rate
 from .processes import open_accelerator
 from .recompute import recompute_activations
 from .schedule import Schedule, build_schedule
 
-__all__ = ["Session", "build_model", "check_best", "open_session", "prepare_training"]
+__all__ = ["Session", "build_model", "check_best", "open_session", "prepare_training", "shrink_frozen"]
 
 
 @dataclass
@@ -48,6 +49,7 @@ class Session:
     total_steps: int
     schedule: Schedule
     average: Average | None = None
+    base: BaseWeights | None = None
     wrapped: nn.Module | None = None
     optimizers: dict[str, torch.optim.Optimizer] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -136,6 +138,7 @@ def open_session(recipe: Any, accelerator: Accelerator | None = None, *, judging
     torch.manual_seed(recipe.train.seed)
     task = registry.resolve("tasks", recipe.task.name)(recipe.task, recipe.data, seed=recipe.train.seed)
     model, left_over = build_model(recipe, task, judging=judging)
+    base = BaseWeights(model, recipe.model.base) if recipe.model.is_its_base and recipe.model.base else None
     steps_per_epoch = min(task.steps_per_epoch, recipe.train.limit_batches or task.steps_per_epoch)
     total = recipe.train.steps or recipe.train.epochs * steps_per_epoch
     methods = [registry.resolve("methods", config.name)(config) for config in recipe.methods]
@@ -145,13 +148,14 @@ def open_session(recipe: Any, accelerator: Accelerator | None = None, *, judging
     )  # fmt: skip
     for method in methods:
         method.prepare(model, context)
+    shrink_frozen(model, getattr(recipe.model, "frozen", "fp32"))
     check_best(recipe, task)
     schedule = build_schedule(recipe.schedule, total, steps_per_epoch)
     average = Average(recipe.train.ema, task.judged) if recipe.train.ema is not None else None
     if average is not None:
         for method in methods:
             method.follow(average.carry)
-    session = Session(recipe, accelerator, task, model, methods, steps_per_epoch, total, schedule, average)
+    session = Session(recipe, accelerator, task, model, methods, steps_per_epoch, total, schedule, average, base)
     session.notes += [f"{method.name}: {note}" for method in methods for note in getattr(method, "notes", ())]
     session.notes += [f"model: {note}" for note in getattr(model, "notes", ())]
     if left_over:
@@ -159,6 +163,16 @@ def open_session(recipe: Any, accelerator: Accelerator | None = None, *, judging
     if (recipe.run.samples_every or recipe.run.samples_every_steps) and not session.makes_samples:
         session.notes.append(f"run.samples_every: task {recipe.task.name} has no samples to show")
     return session
+
+
+def shrink_frozen(model: nn.Module, precision: str) -> None:
+    """Keep weights that do not train in `bf16` or `fp16`; what trains stays in float32, and `fp32` changes nothing."""
+    if precision == "fp32":
+        return
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    for parameter in model.parameters():
+        if not parameter.requires_grad and parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
 
 
 def check_best(recipe: Any, task: Any) -> None:

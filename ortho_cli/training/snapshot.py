@@ -16,6 +16,8 @@ from ortho_cli.errors import CheckpointError, NumericsError
 from ortho_cli.methods.adapter_layer import whole
 from ortho_cli.methods.method import Method
 
+from .base_weights import BaseWeights
+
 __all__ = [
     "Snapshot", "as_held", "capture", "check_finite", "held_as_parameters", "load_methods", "load_model",
     "load_optimizer", "optimizer_state", "without_prefix",
@@ -41,6 +43,7 @@ def capture(
     methods: list[Method],
     average: Mapping[str, Tensor] | None = None,
     *,
+    base: BaseWeights | None = None,
     keep: bool = True,
 ) -> Snapshot:
     """Everything that training changes; every process must ask, since sharded tensors are gathered one by one.
@@ -50,6 +53,7 @@ def capture(
         optimizers: by phase.
         methods: in recipe order.
         average: averaged weights.
+        base: what the model was loaded from, of which nothing is kept that is still the same.
         keep: False on processes that only help to gather.
 
     Returns:
@@ -64,8 +68,11 @@ def capture(
         own = dict(method.state())
         moments |= {f"method/{index}/{name}": tensor for name, tensor in own.pop("tensors", {}).items()}
         state["methods"][str(index)] = {"name": method.name, "state": own}
+    weights = model.state_dict()
+    if base is not None:
+        weights, state["base"] = base.without(model, weights), base.describe(model)
     return Snapshot(
-        _gathered(model.state_dict(), keep),
+        _gathered(weights, keep),
         _gathered(moments, keep),
         None if average is None else _gathered(average, keep),
         state,
@@ -140,17 +147,39 @@ def load_optimizer(
         group.update(saved)
 
 
-def load_model(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Put saved weights back, into sharded parameters too; every tensor must be there, and no other.
+def load_model(
+    model: nn.Module,
+    tensors: Mapping[str, Tensor],
+    base: BaseWeights | None = None,
+    said: Mapping[str, Any] | None = None,
+) -> None:
+    """Put saved weights back, into sharded parameters too; every tensor must be there or the base's, and no other.
+
+    Args:
+        model: as it was built.
+        tensors: that were saved.
+        base: what the model was loaded from.
+        said: the state's `base`, where it leaves some weights to that.
 
     Raises:
-        CheckpointError: names or shapes differ.
+        CheckpointError: names or shapes differ, or the base does.
     """
     held = model.state_dict()
+    elsewhere = set[str]()
+    if base is not None and said is not None:
+        base.check(model, tensors, said)
+        elsewhere = base.untouched(model)
     try:
-        model.load_state_dict({name: as_held(value, held.get(name, value)) for name, value in tensors.items()})
+        placed = {name: as_held(value, held.get(name, value)) for name, value in tensors.items()}
+        missing, strange = model.load_state_dict(placed, strict=False)
     except RuntimeError as error:
         raise CheckpointError(f"the checkpoint does not fit the model: {error}") from error
+    missing = [name for name in missing if name not in elsewhere]
+    if missing or strange:
+        raise CheckpointError(
+            f"the checkpoint does not fit the model: {len(missing)} tensors missing, {len(strange)} of no place here, "
+            f"first {(missing or strange)[0]}"
+        )
 
 
 def load_methods(methods: list[Method], saved: Mapping[str, Any], moments: Mapping[str, Tensor]) -> None:
