@@ -7,9 +7,11 @@ batch is drawn at once, without a generator a sample.
 from __future__ import annotations
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-__all__ = ["seed_of", "uniform"]
+__all__ = ["normal", "seed_of", "uniform"]
 
 _MASK = 2**64 - 1
 _GOLDEN = 0x9E3779B97F4A7C15
@@ -42,6 +44,21 @@ def uniform(seed: int, epoch: int, index: NDArray[np.int64], columns: int, strea
         steps = np.arange(1, columns + 1, dtype=np.uint64) * np.uint64(_GOLDEN)
         drawn: NDArray[np.float64] = (_mix(start[:, None] + steps) >> np.uint64(11)) * 2.0**-53
     return drawn
+
+
+def normal(seed: int, epoch: int, index: Tensor, columns: int, stream: int) -> Tensor:
+    """Standard normal numbers of some samples, each a function of its seed, epoch, place and column.
+
+    Returns:
+        `(n, columns)` float32.
+
+    >>> both = normal(0, 0, torch.tensor([4, 9]), 3, 0)
+    >>> torch.equal(both[1:], normal(0, 0, torch.tensor([9]), 3, 0))
+    True
+    """
+    drawn = torch.from_numpy(uniform(seed, epoch, index.numpy(), columns, stream))
+    values: Tensor = torch.special.ndtri(drawn.clamp_(min=2.0**-54))
+    return values.float()
 
 
 def seed_of(*parts: int) -> int:

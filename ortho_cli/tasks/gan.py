@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ortho_cli import registry
 from ortho_cli.linalg.frechet import frechet_distance
 
-from .draws import uniform
+from .draws import normal, uniform
 from .gan_augment import DRAWS
 from .gan_losses import LOSSES
 from .gan_pair import Adversaries
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from ortho_cli.recipe.data import Images
     from ortho_cli.recipe.tasks import GAN
 
-__all__ = ["GANTask", "normal"]
+__all__ = ["GANTask"]
 
 NOISE_STREAM, DRAW_STREAM, MIX_STREAM, JUDGE_STREAM = 3, 4, 5, 6  # of the random numbers; 0 to 2 are the pictures'
 JUDGE_SEED = 0  # all runs are judged by the same noise
@@ -160,21 +160,6 @@ class GANTask(Task):
         noise = drawn.to(next(model.parameters()).device)
         made = [model("sample", {"noise": part})["pictures"] for part in torch.split(noise, self.data.batch)]
         save_grid(torch.cat(made), folder / "samples.png")
-
-
-def normal(seed: int, epoch: int, index: Tensor, columns: int, stream: int) -> Tensor:
-    """Standard normal numbers of some samples, each a function of its seed, epoch, place and column.
-
-    Returns:
-        `(n, columns)` float32.
-
-    >>> both = normal(0, 0, torch.tensor([4, 9]), 3, 0)
-    >>> torch.equal(both[1:], normal(0, 0, torch.tensor([9]), 3, 0))
-    True
-    """
-    drawn = torch.from_numpy(uniform(seed, epoch, index.numpy(), columns, stream))
-    values: Tensor = torch.special.ndtri(drawn.clamp_(min=2.0**-54))
-    return values.float()
 
 
 def _moments(pictures: Tensor) -> Tensor:

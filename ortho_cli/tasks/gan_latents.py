@@ -9,8 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .draws import uniform
-from .gan import normal
+from .draws import normal, uniform
 
 __all__ = ["codes", "pairs", "sefa_rotation", "traversal"]
 
