@@ -8,13 +8,14 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from ortho_cli.recipe.architecture import Architecture
+from ortho_cli.recipe.instruct import CausalLM, TinyLM
 from ortho_cli.recipe.models_diffusion import StableDiffusion
 from ortho_cli.recipe.models_text import HFText
 from ortho_cli.recipe.section import Count, Positive, Rejection, Share, Text
 
 __all__ = [
-    "MLP", "VGG", "Architecture", "EigenGAN", "Forecaster", "HFImage", "HFText", "Model", "ResNet", "ResNet32x2",
-    "SimpleGAN", "SmallStemResNet", "StableDiffusion", "Timm", "VitB16", "VitMini", "WideResNet",
+    "MLP", "VGG", "Architecture", "CausalLM", "EigenGAN", "Forecaster", "HFImage", "HFText", "Model", "ResNet",
+    "ResNet32x2", "SimpleGAN", "SmallStemResNet", "StableDiffusion", "Timm", "TinyLM", "VitB16", "VitMini", "WideResNet",
 ]  # fmt: skip
 
 Base = Annotated[
@@ -199,6 +200,6 @@ class SimpleGAN(_Generating):
 
 Model = Annotated[
     ResNet | ResNet32x2 | SmallStemResNet | VGG | WideResNet | VitMini | VitB16 | MLP | HFImage | Timm | Forecaster
-    | HFText | EigenGAN | SimpleGAN | StableDiffusion,
+    | HFText | CausalLM | TinyLM | EigenGAN | SimpleGAN | StableDiffusion,
     Field(discriminator="name"),
 ]  # fmt: skip

@@ -6,10 +6,11 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from ortho_cli.recipe.instruct import Instruct
 from ortho_cli.recipe.section import Count, NotNegative, Section, Share
 from ortho_cli.recipe.tasks_text import Glue
 
-__all__ = ["GAN", "Classify", "Forecast", "Glue", "Task"]
+__all__ = ["GAN", "Classify", "Forecast", "Glue", "Instruct", "Task"]
 
 
 class Classify(Section):
@@ -61,4 +62,4 @@ class GAN(Section):
     compat: None = Field(default=None, description="No published number needs a deviation of this task.")
 
 
-Task = Annotated[Classify | Glue | Forecast | GAN, Field(discriminator="name")]
+Task = Annotated[Classify | Glue | Forecast | Instruct | GAN, Field(discriminator="name")]

@@ -6,18 +6,19 @@ from typing import Any
 
 from torch import Tensor
 
-from ortho_cli.recipe.data import Images, Series
+from ortho_cli.recipe.data import Images, Instructions, Series
 from ortho_cli.recipe.data_text import Sentences
 
 from .image_data import load_images
 from .image_specs import SPECS, sources
+from .instruct_check import check_pairs, describe_pairs, found_pairs
 from .series_check import check_series, describe_series
 from .text_check import check_texts, describe_texts, found_texts
 
 __all__ = ["check_data", "describe_data", "found_text"]
 
 
-def describe_data(config: Images | Series | Sentences) -> str:
+def describe_data(config: Images | Series | Sentences | Instructions) -> str:
     """What the recipe's data is, how a local copy looks, and how to get it; nothing is opened.
 
     Args:
@@ -28,6 +29,8 @@ def describe_data(config: Images | Series | Sentences) -> str:
     """
     if isinstance(config, Series):
         return describe_series(config)
+    if isinstance(config, Instructions):
+        return describe_pairs(config)
     if isinstance(config, Sentences):
         return describe_texts(config)
     spec = SPECS[config.name]
@@ -41,7 +44,7 @@ def describe_data(config: Images | Series | Sentences) -> str:
     return "\n".join([*lines, "to get it:", *(f"  {line}" for line in sources(spec))])
 
 
-def check_data(config: Images | Series | Sentences) -> dict[str, Any]:
+def check_data(config: Images | Series | Sentences | Instructions) -> dict[str, Any]:
     """Open all parts of a recipe's data and count them.
 
     Args:
@@ -59,6 +62,8 @@ def check_data(config: Images | Series | Sentences) -> dict[str, Any]:
     """
     if isinstance(config, Series):
         return check_series(config)
+    if isinstance(config, Instructions):
+        return check_pairs(config)
     if isinstance(config, Sentences):
         return check_texts(config)
     train, judged = load_images(config, "train"), load_images(config, "eval")
@@ -76,6 +81,8 @@ def check_data(config: Images | Series | Sentences) -> dict[str, Any]:
 
 def found_text(found: dict[str, Any]) -> str:
     """What `check_data` found, in a sentence."""
+    if "pairs" in found:
+        return found_pairs(found)
     if "columns" in found:
         columns = f"{len(found['columns'])} columns ({', '.join(found['columns'])})"
         parts = f"{found['train']} rows to train on, {found['val']} to validate, {found['test']} to test"

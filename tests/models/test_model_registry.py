@@ -26,7 +26,19 @@ SMALL = {
 OWN = [
     name
     for name in TABLES["models"]
-    if name not in ("hf-image", "hf-text", "timm", "forecaster", "eigengan", "gan64", "gan128", "stable-diffusion")
+    if name
+    not in (
+        "hf-image",
+        "hf-text",
+        "timm",
+        "forecaster",
+        "causal-lm",
+        "tiny-lm",
+        "eigengan",
+        "gan64",
+        "gan128",
+        "stable-diffusion",
+    )
 ]
 
 

@@ -131,10 +131,9 @@ def test_both_kinds_of_place_in_one_error(tmp_path: Path) -> None:
     path = written(tmp_path, task="{name: x}")
     with pytest.raises(RecipeError) as caught:
         load_train(path, ["methods=[{name: hra, rank: 7}]"])
-    assert caught.value.message.splitlines() == [
-        "--set methods: methods.0.rank: must be even to start as the identity, found 7; take 6 or 8",
-        f"{path}:2: task.name: 'x' is none of classify, forecast, gan",
-    ]
+    rank, task = caught.value.message.splitlines()
+    assert rank == "--set methods: methods.0.rank: must be even to start as the identity, found 7; take 6 or 8"
+    assert task.startswith(f"{path}:2: task.name: 'x' is none of classify, ")
     assert caught.value.where == "--set methods"
 
 

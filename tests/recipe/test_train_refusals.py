@@ -5,25 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from pydantic import TypeAdapter
 from training_recipes import FORECAST, errors, written
 
 from ortho_cli.errors import RecipeError
+from ortho_cli.recipe.data import Data
 from ortho_cli.recipe.train import load_train
 from ortho_cli.registry import TABLES
 
+TASKS = ", ".join(sorted(TABLES["tasks"]))
+DATA = ", ".join(sorted(TypeAdapter(Data).json_schema()["discriminator"]["mapping"]))
 CASES: list[tuple[dict[str, str], str]] = [
     # names
-    (
-        {"task": "{name: clasify}"},
-        "2: task.name: 'clasify' is none of classify, forecast, gan; did you mean 'classify'?",
-    ),
-    ({"task": "{}"}, "2: task.name: missing; one of classify, forecast, gan"),
+    ({"task": "{name: clasify}"}, f"2: task.name: 'clasify' is none of {TASKS}; did you mean 'classify'?"),
+    ({"task": "{}"}, f"2: task.name: missing; one of {TASKS}"),
     (
         {"model": "{name: resnet19}"},
         f"3: model.name: 'resnet19' is none of {', '.join(sorted(TABLES['models']))}; did you mean 'resnet18'?",
     ),
-    ({"data": "{name: cifar}"}, "4: data.name: 'cifar' is none of cifar10, cifar100, digits, eeg, etth1, etth2, ettm1,"
-     " ettm2, image-folder, imagenet, mnist, series-csv, tiny-imagenet; did you mean 'cifar10'?"),
+    ({"data": "{name: cifar}"}, f"4: data.name: 'cifar' is none of {DATA}; did you mean 'cifar10'?"),
     ({"optimizer": "{name: adamW, lr: 1}"}, "5: optimizer.name: 'adamW' is none of adam, adamw, muon, nag, nesterov,"
      " sgd; did you mean 'adamw'?"),
     # keys
