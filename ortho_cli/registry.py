@@ -73,6 +73,10 @@ TABLES: dict[str, dict[str, str]] = {
     "judges": {
         "classify": "ortho_cli.analysis.classification:JUDGE",
     },
+    # What `evaluate` asks a task's model for beyond its outputs.
+    "model_judges": {
+        "gan": "ortho_cli.training.evaluate_gan:GANJudge",
+    },
     # What `evaluate` says of a folder of generated pictures beside a folder of references.
     "picture_metrics": {
         "fid": "ortho_cli.analysis.feature_distance:fid_of_folders",

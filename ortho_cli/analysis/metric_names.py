@@ -16,7 +16,7 @@ __all__ = ["better", "is_share", "metric_title", "metric_value", "number_format"
 LESS_IS_BETTER = re.compile(
     r"(^|_)(loss|error|mse|mae|perplexity|ppl|fid|kid|lpips|nll|wer|penalty|defect|distance|failures)($|_|@)"
 )
-SHARES = re.compile(r"(^|_)(accuracy|f1|precision|recall|share|error|iou|failures)($|_|@|\d)")
+SHARES = re.compile(r"(^|_)(accuracy|f1|precision|recall|share|error|iou|failures|vp_score)($|_|@|\d)")
 
 
 def tail(name: str) -> str:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ortho_cli.cli.completion import words
-from ortho_cli.cli.options import METHOD, OUTPUT, DebugOption, DryRunOption, ForceOption, JsonOption, QuietOption
+from ortho_cli.cli.options import OUTPUT, DebugOption, DryRunOption, ForceOption, JsonOption, QuietOption
 from ortho_cli.errors import UsageError
 
 if TYPE_CHECKING:
     from ortho_cli.analysis.evaluation import Evaluation
+    from ortho_cli.training.model_judge import Drawing
 
 __all__ = ["evaluate"]
 
-PICTURES = "Pictures"
+PICTURES = "Pictures and GANs"
 
 
 def evaluate(
@@ -34,17 +35,37 @@ def evaluate(
         typer.Option("--reference", metavar="DIR", help="Pictures to compare with.", rich_help_panel=PICTURES),
     ] = None,
     features: Annotated[
-        str,
+        str | None,
         typer.Option(
             "--features",
             metavar="inception|RUN|ID",
-            help="The network of fid and kid: a run that classifies, a hub id or a folder.",
+            help="The network of fid and kid: inception, a run that classifies, a hub id or a folder.",
             rich_help_panel=PICTURES,
         ),
-    ] = "inception",
+    ] = None,
+    number: Annotated[
+        int | None,
+        typer.Option(
+            "--num",
+            metavar="N",
+            min=2,
+            help="Of a GAN: pictures, paths and pairs at most; default: 50,000, 10,000 and 10,000.",
+            rich_help_panel=PICTURES,
+        ),
+    ] = None,
+    extent: Annotated[
+        float | None,
+        typer.Option(
+            "--extent", metavar="X", help="Of a GAN: pairs' coordinates from -X to X; 4.", rich_help_panel=PICTURES
+        ),
+    ] = None,
+    sefa: Annotated[
+        bool,
+        typer.Option("--sefa", help="Of a GAN: turn the code first, as generate does.", rich_help_panel=PICTURES),
+    ] = False,
     seed: Annotated[
-        int, typer.Option("--seed", metavar="N", min=0, help="Of what is drawn.", rich_help_panel=METHOD)
-    ] = 0,
+        int | None, typer.Option("--seed", metavar="N", min=0, help="Of what is drawn; 0.", rich_help_panel=PICTURES)
+    ] = None,
     checkpoint: Annotated[
         str | None,
         typer.Option(
@@ -83,6 +104,8 @@ def evaluate(
 
     Example: ortho evaluate runs/quickstart --set 'data.classes=[5,6,7,8,9]' -o second-half
 
+    Example: ortho evaluate runs/digits-eigengan --features runs/digits-vit --num 2000
+
     Example: ortho evaluate --generated made --reference real --metrics fid,kid --features facebook/dinov2-small
 
     A metric whose library or weights are missing is skipped by name, with the command that fetches it.
@@ -93,6 +116,8 @@ def evaluate(
     from ortho_cli.cli.show import console_out, print_json, table
     from ortho_cli.training.processes import is_first, leave
 
+    if extent is not None and extent <= 0:
+        raise UsageError(f"--extent {extent} is not above 0", hint="e.g. --extent 4")
     names = [name.strip() for name in metrics.split(",") if name.strip()] if metrics is not None else None
     if run is not None and generated is None and reference is None:
         from ortho_cli.analysis.run_folder import open_run
@@ -107,8 +132,10 @@ def evaluate(
         from ortho_cli.analysis.picture_metrics import chosen_metrics
         from ortho_cli.training.evaluate_pictures import evaluate_pictures
 
-        if checkpoint is not None or split is not None:
-            raise UsageError("--checkpoint and --split are of a run", hint="leave them out, or name a RUN")
+        if checkpoint is not None or split is not None or number is not None or extent is not None or sefa:
+            raise UsageError(
+                "--checkpoint, --split, --num, --extent and --sefa are of a run", hint="leave them out, or name a RUN"
+            )
         inputs = protected = [generated, reference]
         folder = output or generated.parent / f"{generated.resolve().name}-evaluation"
         counts = {"pictures": len(open_folder(generated)), "references": len(open_folder(reference))}
@@ -129,18 +156,29 @@ def evaluate(
         with status_line(hidden=quiet or not is_first()) as say:
             if run is not None:
                 evaluation = evaluate_run(
-                    run, checkpoint=checkpoint, metrics=names, split=split or "val", sets=sets or []
-                )
+                    run, checkpoint=checkpoint, metrics=names, split=split or "val", sets=sets or [],
+                    drawing=_drawing(features=features, number=number, seed=seed, extent=extent, sefa=sefa or None),
+                    say=say,
+                )  # fmt: skip
             else:
                 assert generated is not None
                 assert reference is not None
                 evaluation = evaluate_pictures(
-                    generated, reference, metrics=names, sets=sets or [], features=features, seed=seed, say=say
-                )
+                    generated, reference, metrics=names, sets=sets or [], features=features or "inception",
+                    seed=seed or 0, say=say,
+                )  # fmt: skip
     finally:
         leave()
     if is_first():
         _report(evaluation, inputs, folder, force=force, as_json=as_json, quiet=quiet)
+
+
+def _drawing(**options: Any) -> Drawing | None:
+    """The options that were given, None of them where none was."""
+    from ortho_cli.training.model_judge import Drawing
+
+    given = {name: value for name, value in options.items() if value is not None}
+    return Drawing(**given) if given else None
 
 
 def _report(

@@ -6,7 +6,8 @@ The model is built as a resumed run builds it: the methods operate, then their s
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from ortho_cli.recipe.train import load_train
 from ortho_cli.tasks.batching import eval_parts, load_batches
 from ortho_cli.tasks.task import Batch
 
+from .model_judge import Drawing, ModelJudge, judge_model
 from .run_folder import RECIPE, best_or_last
 from .session import Session, open_session
 from .snapshot import held_as_parameters, load_methods, load_model
@@ -43,6 +45,8 @@ def evaluate_run(
     metrics: Sequence[str] | None = None,
     split: str = "val",
     sets: Sequence[str] = (),
+    drawing: Drawing | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Evaluation:
     """Evaluate a checkpoint of a run; of several processes every one must, and gets the same.
 
@@ -52,6 +56,8 @@ def evaluate_run(
         metrics: names; None: all there are.
         split: `val`, which training evaluates on, or `train`, as it is without augmentation.
         sets: changes of the recipe, `data.KEY=VALUE` or one of `JUDGING_KEYS`.
+        drawing: how a model that makes pictures is judged; None: as published.
+        say: takes lines of progress.
 
     Raises:
         CheckpointError: no run, no such checkpoint, or one that does not fit the model.
@@ -66,7 +72,14 @@ def evaluate_run(
     recipe = load_train(folder / RECIPE, [*whole, *sets, *plain])
     judge = _judge(recipe.task.name)
     known = [*judge.own, *judge.metrics] if judge else [name[5:] for name in run.metrics if name.startswith("eval/")]
-    wanted = known if metrics is None else _wanted(metrics, known)
+    further = _model_judge(recipe.task.name)
+    known += further.metrics
+    if drawing is not None and not further.metrics:
+        raise UsageError(
+            f"run {folder.name} is of the task {recipe.task.name}, which draws nothing that is judged",
+            hint="leave out --features, --num, --seed, --extent and --sefa",
+        )
+    wanted = [name for name in known if name not in further.unasked] if metrics is None else _wanted(metrics, known)
     state = find_checkpoint(folder, checkpoint)
     session = open_session(recipe, judging=True)
     restore_for_judging(session, state)
@@ -81,12 +94,17 @@ def evaluate_run(
     evaluation = Evaluation(run.title, where, judged, tuple(map(_public, sets)), chosen)
     if judge is not None:
         collected = judge.collect(session.task, outputs, targets)
-        further, skipped = measure(judge.metrics, [name for name in wanted if name in judge.metrics], collected)
-        evaluation.metrics |= further
-        evaluation.skipped = skipped
+        values, evaluation.skipped = measure(judge.metrics, [n for n in wanted if n in judge.metrics], collected)
+        evaluation.metrics |= values
         evaluation.parts, evaluation.data = list(judge.parts(collected)), judge.data(collected)
+    asked = [name for name in wanted if name in further.metrics]
+    if asked:
+        batches = partial(_batches_on_device, session, split)
+        with session.for_judging() as model:
+            judge_model(further(session, model, batches, drawing or Drawing(), say), asked, evaluation)
     if metrics is not None:
-        lacking = [name for name in wanted if name not in found and not (judge and name in judge.metrics)]
+        others = {*further.metrics, *(judge.metrics if judge else ())}
+        lacking = [name for name in wanted if name not in found and name not in others]
         evaluation.skipped += [Skipped(name, "it is not defined for these samples") for name in lacking]
     return evaluation
 
@@ -123,9 +141,7 @@ def restore_for_judging(session: Session, folder: Path) -> None:
     flat = load_tensors(moments) if moments.is_file() else {}
     load_methods(session.methods, state["methods"], flat)
     session.model.to(session.accelerator.device)
-    load_model(
-        session.model, load_tensors(folder / "model.safetensors"), session.base, read_state(folder).get("base")
-    )
+    load_model(session.model, load_tensors(folder / "model.safetensors"), session.base, read_state(folder).get("base"))
     if session.average is not None:
         session.average.values = held_as_parameters(session.model, load_tensors(folder / "ema.safetensors"))
 
@@ -181,8 +197,16 @@ def _batches(session: Session, split: str) -> Iterator[Batch]:
     yield from islice(found, limit)
 
 
+def _batches_on_device(session: Session, split: str) -> Iterator[Batch]:
+    return map(session.on_device, _batches(session, split))
+
+
 def _judge(task: str) -> Judge[Any] | None:
     return registry.resolve("judges", task) if task in registry.names("judges") else None
+
+
+def _model_judge(task: str) -> type[ModelJudge]:
+    return registry.resolve("model_judges", task) if task in registry.names("model_judges") else ModelJudge
 
 
 def _wanted(metrics: Sequence[str], known: Sequence[str]) -> list[str]:
