@@ -12,13 +12,22 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-__all__ = ["hessian_penalty", "orthogonal_jacobian_penalty"]
+__all__ = ["Largest", "hessian_penalty", "orthogonal_jacobian_penalty"]
 
 Outputs = Callable[[Tensor], list[Tensor]]
 """A code ``(B, n)`` to tensors ``(B, ...)``: what a generator makes, layer by layer."""
 
+Largest = Callable[[Tensor], Tensor]
+"""The largest values here, one for each output, to the largest anywhere: of samples that are shared out."""
 
-def hessian_penalty(function: Outputs, code: Tensor, signs: Tensor, step: float = 0.1) -> Tensor:
+
+def _here(values: Tensor) -> Tensor:
+    return values
+
+
+def hessian_penalty(
+    function: Outputs, code: Tensor, signs: Tensor, step: float = 0.1, largest: Largest = _here
+) -> Tensor:
     """The variance of second differences over sign vectors: the largest over all entries, summed over outputs.
 
     Args:
@@ -26,6 +35,7 @@ def hessian_penalty(function: Outputs, code: Tensor, signs: Tensor, step: float 
         code: ``(B, n)``.
         signs: ``(k, B, n)`` of -1 and 1, k at least 2.
         step: of the differences.
+        largest: agrees with those who have the other samples of a batch.
 
     Returns:
         A scalar with a graph.
@@ -42,10 +52,12 @@ def hessian_penalty(function: Outputs, code: Tensor, signs: Tensor, step: float 
         [(up - 2 * middle + down) / step**2 for up, middle, down in zip(ahead, here, behind, strict=True)]
         for ahead, behind in ((function(code + step * sign), function(code - step * sign)) for sign in signs)
     ]
-    return _variance(second)
+    return _variance(second, largest)
 
 
-def orthogonal_jacobian_penalty(function: Outputs, code: Tensor, signs: Tensor, step: float = 0.1) -> Tensor:
+def orthogonal_jacobian_penalty(
+    function: Outputs, code: Tensor, signs: Tensor, step: float = 0.1, largest: Largest = _here
+) -> Tensor:
     """The variance over sign vectors of how far an output moves: the largest over samples, summed over outputs.
 
     Args:
@@ -53,6 +65,7 @@ def orthogonal_jacobian_penalty(function: Outputs, code: Tensor, signs: Tensor, 
         code: ``(B, n)``.
         signs: ``(k, B, n)`` of -1 and 1, k at least 2.
         step: of the differences.
+        largest: agrees with those who have the other samples of a batch.
 
     Returns:
         A scalar with a graph; zero where the columns of each output's Jacobian are orthogonal.
@@ -74,10 +87,9 @@ def orthogonal_jacobian_penalty(function: Outputs, code: Tensor, signs: Tensor, 
         ]
         for sign in signs
     ]
-    return _variance(lengths)
+    return _variance(lengths, largest)
 
 
-def _variance(found: list[list[Tensor]]) -> Tensor:
+def _variance(found: list[list[Tensor]], largest: Largest) -> Tensor:
     """Over sign vectors, unbiased; the largest entry of each output, summed over outputs."""
-    total: Tensor = sum((torch.stack(each).var(0).amax() for each in zip(*found, strict=True)), torch.zeros(()))
-    return total
+    return largest(torch.stack([torch.stack(each).var(0).amax() for each in zip(*found, strict=True)])).sum()

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from ortho_cli.checkpoints.targets import select
 from ortho_cli.errors import TargetError
 from ortho_cli.linalg.curvature import hessian_penalty, orthogonal_jacobian_penalty
+from ortho_cli.linalg.precision import at_least_float32
 
 from .inject import named_layers
 from .method import Context, Method
@@ -20,7 +21,27 @@ from .method import Context, Method
 if TYPE_CHECKING:
     from ortho_cli.recipe.methods_gan import Hessian, OroJaR
 
-__all__ = ["HessianMethod", "OroJaRMethod"]
+__all__ = ["HessianMethod", "OroJaRMethod", "largest_of_processes"]
+
+
+def largest_of_processes(values: Tensor) -> Tensor:
+    """The largest of each value over the processes that train together, once the mean over them is taken.
+
+    A process that has it gives it `world / holders` times, the others give 0: the mean of values and gradients, which
+    is what becomes of a loss, is then that of one process with all samples.
+
+    >>> import torch
+    >>> largest_of_processes(torch.tensor([3.0, 1.0])).tolist()
+    [3.0, 1.0]
+    """
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return values
+    most = values.detach().clone()
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    holds = (values.detach() == most).to(values.dtype)
+    holders = holds.clone()
+    dist.all_reduce(holders)
+    return values * holds * dist.get_world_size() / holders
 
 
 class _CodePenalty(Method):
@@ -52,17 +73,21 @@ class _CodePenalty(Method):
         if phase != "generator" or not self.config.penalty:
             return None
         code: Tensor = outputs["noise"]
-        drawn = torch.randint(0, 2, (self.config.directions, *code.shape), device=code.device)
+        signs: Tensor = outputs["signs"](self.config.directions)
         estimate = hessian_penalty if self.name == "hessian" else orthogonal_jacobian_penalty
-        value: Tensor = self.config.penalty * estimate(self._run(model), code, 2.0 * drawn - 1, self.config.step)
-        return value
+        value = estimate(self._run(model), code, signs, self.config.step, largest_of_processes)
+        return float(self.config.penalty) * value
 
     def _run(self, model: nn.Module) -> Any:
         generator: Any = model.get_submodule("generator")
 
         def run(code: Tensor) -> list[Tensor]:
             caught: list[Tensor] = []
-            hooks = [each.register_forward_hook(lambda *given: caught.append(given[2].float())) for each in self.layers]
+
+            def catch(layer: nn.Module, inputs: Any, output: Tensor) -> None:
+                caught.append(at_least_float32(output, "output"))
+
+            hooks = [each.register_forward_hook(catch) for each in self.layers]
             try:
                 generator(code)
             finally:

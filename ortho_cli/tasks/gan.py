@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,7 +36,8 @@ if TYPE_CHECKING:
 
 __all__ = ["GANTask"]
 
-NOISE_STREAM, DRAW_STREAM, MIX_STREAM, JUDGE_STREAM = 3, 4, 5, 6  # of the random numbers; 0 to 2 are the pictures'
+# Of the random numbers; 0 to 2 are the pictures', 7 and 8 those of what is generated.
+NOISE_STREAM, DRAW_STREAM, MIX_STREAM, JUDGE_STREAM, SIGN_STREAM = 3, 4, 5, 6, 9
 JUDGE_SEED = 0  # all runs are judged by the same noise
 GRID = 8  # side of the squares whose means are compared
 
@@ -112,7 +114,8 @@ class GANTask(Task):
     def _drawn(self, epoch: int, index: Tensor, *, regularized: bool) -> Batch:
         """Everything random of some samples in an epoch."""
         places, size = index.numpy(), len(index)
-        drawn = {"noise": normal(self.seed, epoch, index, 2 * self.noise_dim, NOISE_STREAM).view(size, 2, -1)}
+        noise = normal(self.seed, epoch, index, 2 * self.noise_dim, NOISE_STREAM).view(size, 2, -1)
+        drawn = {"noise": noise, "epoch": torch.tensor(epoch)}
         if self.config.augment:
             draws = uniform(self.seed, epoch, places, 3 * DRAWS, DRAW_STREAM)
             drawn["draws"] = torch.from_numpy(draws.astype(np.float32)).view(size, 3, DRAWS)
@@ -124,11 +127,15 @@ class GANTask(Task):
         return drawn
 
     def loss(self, model: nn.Module, batch: Batch, phase: str) -> Losses:
-        """The adversarial loss of a phase, of the discriminator with its penalties; beside it how sure it is."""
+        """The adversarial loss of a phase, of the discriminator with its penalties; beside it how sure it is.
+
+        For penalties on the generator there are its `noise` and, by their number, random `signs` of each sample.
+        """
         found = model(phase, batch)
         adversarial = LOSSES[self.config.loss]
         if phase == "generator":
-            return adversarial.generator(found["fake"]), {**found, "noise": batch["noise"][:, 1]}, {}
+            outputs = {**found, "noise": batch["noise"][:, 1], "signs": partial(self._signs, batch)}
+            return adversarial.generator(found["fake"]), outputs, {}
         loss = adversarial.discriminator(found["real"], found["fake"])
         said = {name: found[name].detach().mean() for name in ("real", "fake")}
         for name, weight in (("r1", self.config.r1), ("gradient_penalty", self.config.gradient_penalty)):
@@ -136,6 +143,13 @@ class GANTask(Task):
                 loss = loss + weight * found[name]
                 said[name] = found[name].detach()
         return loss, found, said
+
+    def _signs(self, batch: Batch, count: int) -> Tensor:
+        """Vectors of -1 and 1 around the noise, `(count, B, D)`; drawn as all else is, by sample and epoch."""
+        places, epoch = batch["index"].cpu().numpy(), int(batch["epoch"])
+        drawn = uniform(self.seed, epoch, places, count * self.noise_dim, SIGN_STREAM) < 0.5
+        signs = torch.from_numpy(1 - 2 * drawn.astype(np.float32)).view(-1, count, self.noise_dim)
+        return signs.transpose(0, 1).to(batch["noise"].device)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, batches: Iterable[Batch], reduce: Reduce | None = None) -> dict[str, float]:

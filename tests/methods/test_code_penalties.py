@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ortho_cli.errors import TargetError
 from ortho_cli.linalg import curvature
 from ortho_cli.linalg.curvature import hessian_penalty, orthogonal_jacobian_penalty
+from ortho_cli.methods import code_penalties
 from ortho_cli.methods.code_penalties import HessianMethod, OroJaRMethod
 from ortho_cli.methods.method import Context
 from ortho_cli.models.gan_simple import SimpleGenerator
@@ -67,7 +68,7 @@ def test_a_method_is_of_the_generator_phase_and_its_layers(method: Any) -> None:
     model = Pair()
     method.prepare(model, CONTEXT)
     assert [type(layer).__name__ for layer in method.layers] == ["ConvTranspose2d"] * 3
-    outputs = {"noise": torch.randn(4, 5)}
+    outputs = {"noise": torch.randn(4, 5), "signs": lambda count: signs(count, 4, 5).float()}
     assert method.penalty(model, {}, outputs, "discriminator") is None
     value = method.penalty(model, {}, outputs, "generator")
     assert float(value.detach()) > 0
@@ -85,6 +86,7 @@ def test_what_has_no_generator_is_refused() -> None:
 
 
 def test_examples_run() -> None:
-    found = doctest.testmod(curvature)
-    assert found.attempted > 0
-    assert found.failed == 0
+    for module in (curvature, code_penalties):
+        found = doctest.testmod(module)
+        assert found.attempted > 0
+        assert found.failed == 0

@@ -22,7 +22,7 @@ SECTIONS = {
     "model": "{name: eigengan, basis: 2, noise: 4, base_channels: 4, max_channels: 8}",
     "data": "{name: digits, batch: 16, size: 16, augment: [crop]}",
     "methods": "[{name: nog, targets: [subspace]}, {name: orthogonal_loss, targets: [subspace], penalty_form: mean}, "
-    "{name: orojar, targets: [feature_conv1], penalty: 1.0e-3}]",
+    "{name: orojar, targets: [feature_conv1], penalty: 0.1}]",
     "optimizer": "{name: adam, lr: 1e-3, betas: [0.5, 0.99]}",
     "train": f"{{steps: {STEPS}, ema: 0.9, limit_batches: 4, threads: 1}}",
     "run": "{dir: FOLDER, save_every_steps: 2, samples_every_steps: 3, log_every: 1, keep: all}",
