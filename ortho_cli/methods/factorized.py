@@ -12,6 +12,7 @@ from torch import nn
 from ortho_cli.errors import CheckpointError
 
 from .factored_module import FactoredModule
+from .factorized_attention import resizable_attention, shrink_heads_
 from .factorized_export import write_exports
 from .factorized_model import factorize_
 from .factorized_select import select_candidates
@@ -33,13 +34,15 @@ class FactorizedMethod(Method):
     def __init__(self, config: Factorized) -> None:
         super().__init__(config)
         self.layers: dict[str, FactoredModule] = {}
+        self.heads: dict[str, int] = {}
         self.notes: list[str] = []
         self._lr: float | None = None
 
     def chosen(self, model: nn.Module) -> dict[str, list[str]]:
         """The layers that each pattern of the recipe means, for a dry run."""
         patterns = [self.config.targets] if isinstance(self.config.targets, str) else self.config.targets
-        return {p: [each.name for each in select_candidates(model, [p], self.config.exclude)] for p in patterns}
+        heads = {"attention": list(resizable_attention(model))} if self.config.attention else {}
+        return {p: [each.name for each in select_candidates(model, [p], self.config.exclude)] for p in patterns} | heads
 
     def prepare(self, model: nn.Module, context: Context) -> None:
         """Factor the layers.
@@ -54,12 +57,16 @@ class FactorizedMethod(Method):
             exclude=config.exclude, spectral=config.spectral, square=config.square, form=config.form,
             plain_start=config.plain_start, compat=config.compat, seed=context.seed,
         )  # fmt: skip
+        if config.attention and config.rank_scale is not None:
+            self.heads = shrink_heads_(model, config.rank_scale, spectral=config.spectral, seed=context.seed)
         after = _count(model)
         ranks = [max(ranks) for ranks in _ranks(self.layers).values()]
         self.notes.append(
             f"{len(ranks)} layers of rank {min(ranks)} to {max(ranks)}: {before:,} -> {after:,} parameters "
             f"({after / before:.4f})"
         )
+        if self.heads:
+            self.notes.append(f"{len(self.heads)} attention layers with heads of {max(self.heads.values())}")
         if context.base is not None and not config.spectral:
             self.notes.append("spectral: false draws new factors; the base's weights of these layers are not used")
 
@@ -74,7 +81,7 @@ class FactorizedMethod(Method):
 
     def state(self) -> dict[str, Any]:
         """The ranks; the factors are in the model."""
-        return {"ranks": _ranks(self.layers), "lr": self._lr}
+        return {"ranks": _ranks(self.layers) | {name: [size] for name, size in self.heads.items()}, "lr": self._lr}
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Refuse to go on with other layers or ranks.

@@ -17,6 +17,7 @@ from ortho_cli.checkpoints.writer import write_file
 from .adapter_folder import tensor_piece
 from .adapter_layer import whole
 from .factored_module import FactoredModule
+from .factorized_attention import whole_heads
 from .factorized_base import FactorizedLayer
 from .projected_attention import closed_names
 
@@ -98,4 +99,4 @@ def _state(model: nn.Module, weights: Callable[[FactoredModule], dict[str, Tenso
         if name not in done:
             done.add(name)
             state |= {f"{name}.{part}": whole(made).detach() for part, made in weights(layer).items()}
-    return closed_names(model, state)
+    return whole_heads(model, closed_names(model, state))

@@ -11,8 +11,9 @@ from pydantic import Field
 from ortho_cli.recipe.data_text import GLUE, Docstrings, TextTable
 from ortho_cli.recipe.instruct import Instructions
 from ortho_cli.recipe.section import Count, Rejection, Section, Share, Text, Whole
+from ortho_cli.recipe.translation import Parallel
 
-__all__ = ["GLUE", "Data", "Docstrings", "Images", "Instructions", "Series", "TextTable"]
+__all__ = ["GLUE", "Data", "Docstrings", "Images", "Instructions", "Parallel", "Series", "TextTable"]
 
 
 class Images(Section):
@@ -97,4 +98,4 @@ class Series(Section):
             yield ("shares",), f"{self.shares[0]} and {self.shares[1]} leave one of the three parts without rows"
 
 
-Data = Annotated[Images | GLUE | TextTable | Docstrings | Series | Instructions, Field(discriminator="name")]
+Data = Annotated[Images | GLUE | TextTable | Docstrings | Series | Instructions | Parallel, Field(discriminator="name")]

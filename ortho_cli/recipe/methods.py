@@ -13,7 +13,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, model_serializer
 
 from ortho_cli.recipe.method_section import AutoTargets, Exclude, MethodSection, OwnRate
 from ortho_cli.recipe.methods_conditioning import TrackConditioning, Whiten
-from ortho_cli.recipe.methods_gan import Hessian, OroJaR
+from ortho_cli.recipe.methods_gan import VP, Hessian, OroJaR
 from ortho_cli.recipe.methods_gradient import NOG, OLR, SOC, OrthogonalLoss, SpectralNorm
 from ortho_cli.recipe.methods_oialr import OIALR, TrackStability
 from ortho_cli.recipe.models import Model
@@ -89,12 +89,18 @@ class HRA(_Adapter):
     eps: NotNegative = Field(
         default=0.0, description="Softens reflections as the authors' LLaMA code does; above 0 not orthogonal."
     )
+    compat: Literal["llama"] | None = Field(
+        default=None,
+        description="llama: with side: output and eps, start as HRA's LLaMA experiments do: short columns, no identity.",
+    )
     shape: ClassVar[frozenset[str]] = _Adapter.shape | {"side", "gram_schmidt", "start", "eps"}
 
     def problems(self) -> Iterator[Rejection]:
         """What can start as the identity, and what Gram-Schmidt rules out."""
+        if self.compat is not None and not (self.side == "output" and self.eps):
+            yield ("compat",), "llama goes with side: output and eps: 1e-4, which those experiments had"
         if self.adapter is None and not self.gram_schmidt:
-            if self.rank % 2:
+            if self.rank % 2 and self.compat is None:
                 near = f"{self.rank - 1} or {self.rank + 1}" if self.rank > 1 else "2"
                 yield ("rank",), f"must be even to start as the identity, found {self.rank}; take {near}"
             if self.start == "reflection":
@@ -161,6 +167,10 @@ class Factorized(MethodSection):
     ] = "auto"
     exclude: Exclude = ()
     spectral: bool = Field(default=True, description="Start from the SVD of the weights; false draws factors anew.")
+    attention: bool = Field(
+        default=False,
+        description="Factor attention's products of query and key, of output and value too, by smaller heads.",
+    )
     square: bool = Field(default=False, description="A square matrix between the two factors (deep).")
     form: Literal["factors", "tensor-train", "tucker"] = Field(
         default="factors", description="Two factors, or tensor forms, where convolutions become separable ones."
@@ -187,6 +197,8 @@ class Factorized(MethodSection):
                 yield ("plain_start",), f"a {self.form} starts from fan-out or uniform draws"
         if self.spectral and self.plain_start is not None:
             yield ("plain_start",), "is for spectral: false; a spectral start draws nothing"
+        if self.attention and (self.rank_scale is None or self.rank_scale >= 1):
+            yield ("attention",), "takes rank_scale: X below 1, which heads shrink by"
 
 
 class FrobeniusDecay(MethodSection):
@@ -249,6 +261,6 @@ class Distill(MethodSection):
 Method = Annotated[
     HRA | LoRA | GOR | PEFT | Factorized | FrobeniusDecay | Normalize | Distill | OIALR | TrackStability
     | NOG | OLR | SOC | SpectralNorm | OrthogonalLoss
-    | Whiten | TrackConditioning | Hessian | OroJaR,
+    | Whiten | TrackConditioning | Hessian | OroJaR | VP,
     Field(discriminator="name"),
 ]  # fmt: skip

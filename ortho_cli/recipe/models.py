@@ -12,10 +12,12 @@ from ortho_cli.recipe.instruct import CausalLM, TinyLM
 from ortho_cli.recipe.models_diffusion import StableDiffusion
 from ortho_cli.recipe.models_text import HFText
 from ortho_cli.recipe.section import Count, Positive, Rejection, Share, Text
+from ortho_cli.recipe.translation import TransformerBase, TransformerSmall
 
 __all__ = [
     "MLP", "VGG", "Architecture", "CausalLM", "EigenGAN", "Forecaster", "HFImage", "HFText", "Model", "ResNet",
-    "ResNet32x2", "SimpleGAN", "SmallStemResNet", "StableDiffusion", "Timm", "TinyLM", "VitB16", "VitMini", "WideResNet",
+    "ResNet32x2", "SimpleGAN", "SmallStemResNet", "StableDiffusion", "Timm", "TinyLM","TransformerBase",
+    "TransformerSmall", "VitB16", "VitMini", "WideResNet",
 ]  # fmt: skip
 
 Base = Annotated[
@@ -200,6 +202,6 @@ class SimpleGAN(_Generating):
 
 Model = Annotated[
     ResNet | ResNet32x2 | SmallStemResNet | VGG | WideResNet | VitMini | VitB16 | MLP | HFImage | Timm | Forecaster
-    | HFText | CausalLM | TinyLM | EigenGAN | SimpleGAN | StableDiffusion,
+    | HFText | CausalLM | TinyLM | EigenGAN | SimpleGAN | StableDiffusion | TransformerSmall | TransformerBase,
     Field(discriminator="name"),
 ]  # fmt: skip

@@ -138,6 +138,7 @@ class InverseSqrt(_Schedule):
     """Falling with the square root of the step after warm-up, as transformers are often trained."""
 
     name: Literal["inverse-sqrt"] = Field(description="The schedule.")
+    hold: Whole = Field(default=0, description="Steps at the full rate, behind warm-up, before it begins to fall.")
 
 
 class OneCycle(_Schedule):

@@ -9,8 +9,9 @@ from pydantic import Field
 from ortho_cli.recipe.instruct import Instruct
 from ortho_cli.recipe.section import Count, NotNegative, Section, Share
 from ortho_cli.recipe.tasks_text import Glue
+from ortho_cli.recipe.translation import Translate
 
-__all__ = ["GAN", "Classify", "Forecast", "Glue", "Instruct", "Task"]
+__all__ = ["GAN", "Classify", "Forecast", "Glue", "Instruct", "Task", "Translate"]
 
 
 class Classify(Section):
@@ -62,4 +63,4 @@ class GAN(Section):
     compat: None = Field(default=None, description="No published number needs a deviation of this task.")
 
 
-Task = Annotated[Classify | Glue | Forecast | Instruct | GAN, Field(discriminator="name")]
+Task = Annotated[Classify | Glue | Forecast | Instruct | GAN | Translate, Field(discriminator="name")]

@@ -8,17 +8,19 @@ from torch import Tensor
 
 from ortho_cli.recipe.data import Images, Instructions, Series
 from ortho_cli.recipe.data_text import Sentences
+from ortho_cli.recipe.translation import Parallel
 
 from .image_data import load_images
 from .image_specs import SPECS, sources
 from .instruct_check import check_pairs, describe_pairs, found_pairs
+from .parallel_check import check_parallel, describe_parallel, found_parallel
 from .series_check import check_series, describe_series
 from .text_check import check_texts, describe_texts, found_texts
 
 __all__ = ["check_data", "describe_data", "found_text"]
 
 
-def describe_data(config: Images | Series | Sentences | Instructions) -> str:
+def describe_data(config: Images | Series | Sentences | Instructions | Parallel) -> str:
     """What the recipe's data is, how a local copy looks, and how to get it; nothing is opened.
 
     Args:
@@ -29,6 +31,8 @@ def describe_data(config: Images | Series | Sentences | Instructions) -> str:
     """
     if isinstance(config, Series):
         return describe_series(config)
+    if isinstance(config, Parallel):
+        return describe_parallel(config)
     if isinstance(config, Instructions):
         return describe_pairs(config)
     if isinstance(config, Sentences):
@@ -44,7 +48,7 @@ def describe_data(config: Images | Series | Sentences | Instructions) -> str:
     return "\n".join([*lines, "to get it:", *(f"  {line}" for line in sources(spec))])
 
 
-def check_data(config: Images | Series | Sentences | Instructions) -> dict[str, Any]:
+def check_data(config: Images | Series | Sentences | Instructions | Parallel) -> dict[str, Any]:
     """Open all parts of a recipe's data and count them.
 
     Args:
@@ -62,6 +66,8 @@ def check_data(config: Images | Series | Sentences | Instructions) -> dict[str, 
     """
     if isinstance(config, Series):
         return check_series(config)
+    if isinstance(config, Parallel):
+        return check_parallel(config)
     if isinstance(config, Instructions):
         return check_pairs(config)
     if isinstance(config, Sentences):
@@ -83,6 +89,8 @@ def found_text(found: dict[str, Any]) -> str:
     """What `check_data` found, in a sentence."""
     if "pairs" in found:
         return found_pairs(found)
+    if "languages" in found:
+        return found_parallel(found)
     if "columns" in found:
         columns = f"{len(found['columns'])} columns ({', '.join(found['columns'])})"
         parts = f"{found['train']} rows to train on, {found['val']} to validate, {found['test']} to test"

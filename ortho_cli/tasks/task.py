@@ -69,9 +69,23 @@ class Task(ABC):
     def take_over(self, model: nn.Module, checkpoint: Checkpoint) -> None:  # noqa: B027 - few do
         """Fill what this task added to a model from the base that the rest of it was filled from, if that has it."""
 
+    def gather(self, model: nn.Module) -> list[str]:
+        """Make of the untouched base, on its device, what training needs and the data lacks; one process is asked.
+
+        Returns:
+            What was made, in sentences.
+        """
+        return []
+
     def phase_module(self, model: nn.Module, phase: str) -> nn.Module:
         """The part of the model that a phase trains; here all of it."""
         return model
+
+    def keep(self, folder: Path) -> None:  # noqa: B027 - few do
+        """Write into a run's folder what the task learnt from its data, such as a vocabulary, as the run begins."""
+
+    def recall(self, folder: Path) -> None:  # noqa: B027 - few do
+        """Take up what `keep` wrote, before anything is asked of the task."""
 
     def samples(self, model: nn.Module, generator: torch.Generator, folder: Path) -> None:  # noqa: B027 - few do
         """Write what the model makes into a folder, to look at; drawn from the generator alone."""

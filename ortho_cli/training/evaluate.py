@@ -81,7 +81,7 @@ def evaluate_run(
         )
     wanted = [name for name in known if name not in further.unasked] if metrics is None else _wanted(metrics, known)
     state = find_checkpoint(folder, checkpoint)
-    session = open_session(recipe, judging=True)
+    session = open_session(recipe, judging=True, kept=folder)
     restore_for_judging(session, state)
     found, outputs, targets, samples = _outputs(session, split, judge.target if judge else "")
     order = [name for name in known if name in found] + [name for name in found if name not in known]

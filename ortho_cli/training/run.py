@@ -81,7 +81,7 @@ def train(
     folder = Path(recipe.run.dir)
     accelerator = open_accelerator(recipe)
     on_main(accelerator, lambda: check_folder(folder, recipe, resume=resume, force=force))
-    session = open_session(recipe, accelerator)
+    session = open_session(recipe, accelerator, kept=folder if resume else None)
     session.repeats_first_epoch = debug == "overfit"
     keeper = Keeper(session, observer)
     saved = last_checkpoint(folder) if resume else None
@@ -91,6 +91,7 @@ def train(
         prepare_training(session)
         session.notes += ["no checkpoint was saved yet: began at step 0"] if resume else []
     on_main(accelerator, lambda: begin(folder, recipe, anew=saved is None))
+    on_main(accelerator, lambda: session.task.keep(folder))
     profile = profiled(session, keeper.after_step) if debug == "profile" else nullcontext(keeper.after_step)
     with tracked(session), keeper.open_logs(), _stop_signals(keeper), profile as after_step:
         try:

@@ -29,7 +29,7 @@ def build_schedule(config: Any, total: int, steps_per_epoch: int) -> Schedule:
         "linear": lambda: linear(total, warmup, config.hold),
         "cosine": lambda: cosine(total, warmup, config.floor, config.k_decay),
         "multistep": lambda: multistep([mark * steps_per_epoch for mark in config.at], config.factor),
-        "inverse-sqrt": lambda: inverse_sqrt(warmup),
+        "inverse-sqrt": lambda: inverse_sqrt(warmup + config.hold),
         "one-cycle": lambda: one_cycle(total),
     }[config.name]()
     return with_warmup(made, warmup)
@@ -88,9 +88,13 @@ def multistep(at: Sequence[int], factor: float) -> Schedule:
     return lambda step: float(factor ** sum(step >= mark for mark in at))
 
 
-def inverse_sqrt(warmup: int) -> Schedule:
-    """``sqrt(warmup / step)`` after warm-up (arXiv 1706.03762); with no warm-up ``1 / sqrt(step + 1)``."""
-    start = max(1, warmup)
+def inverse_sqrt(start: int) -> Schedule:
+    """1 for `start` steps, then ``sqrt(start / step)`` (arXiv 1706.03762); from the first on ``1 / sqrt(step + 1)``.
+
+    >>> [round(inverse_sqrt(4)(step), 3) for step in (0, 3, 15)]
+    [1.0, 1.0, 0.5]
+    """
+    start = max(1, start)
     return lambda step: math.sqrt(start / max(start, step + 1))
 
 

@@ -123,11 +123,13 @@ class Session:
         return {name: value.to(device, non_blocking=True) for name, value in batch.items()}
 
 
-def open_session(recipe: Any, accelerator: Accelerator | None = None, *, judging: bool = False) -> Session:
+def open_session(
+    recipe: Any, accelerator: Accelerator | None = None, *, judging: bool = False, kept: Path | None = None
+) -> Session:
     """Build task, model and methods of a recipe; no optimizer yet (see `prepare_training`).
 
     With `judging` a saved state follows and nothing is trained: what the run learnt from (a teacher, recorded norms)
-    is not read, and a base that has gone is not missed.
+    is not read, and a base that has gone is not missed. `kept` is the folder of a run, for what its task keeps there.
 
     Raises:
         OrthoError: what `open_accelerator`, the data, the base or a method's targets may raise.
@@ -137,6 +139,8 @@ def open_session(recipe: Any, accelerator: Accelerator | None = None, *, judging
         torch.set_num_threads(recipe.train.threads)
     torch.manual_seed(recipe.train.seed)
     task = registry.resolve("tasks", recipe.task.name)(recipe.task, recipe.data, seed=recipe.train.seed)
+    if kept is not None:
+        task.recall(kept)
     model, left_over = build_model(recipe, task, judging=judging)
     base = BaseWeights(model, recipe.model.base) if recipe.model.is_its_base and recipe.model.base else None
     steps_per_epoch = min(task.steps_per_epoch, recipe.train.limit_batches or task.steps_per_epoch)

@@ -37,7 +37,7 @@ OWN = [
         "eigengan",
         "gan64",
         "gan128",
-        "stable-diffusion",
+        "stable-diffusion", "transformer-base", "transformer-small",
     )
 ]
 
