@@ -6,7 +6,6 @@ runs and files with reflections inside are one case. diffusers and transformers 
 
 from __future__ import annotations
 
-import inspect
 import string
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -258,8 +257,7 @@ def _schedule(folder: Path | None) -> dict[str, Any] | None:
 
 
 def _scheduler(config: Mapping[str, Any]) -> Any:
-    """The noise of training; the tables are computed on the CPU, whatever the default device."""
+    """The noise of training, which keeps what only other schedulers know of; tables are made on the CPU always."""
     diffusers, _ = _libraries()
-    known = inspect.signature(diffusers.DDPMScheduler.__init__).parameters
     with torch.device("cpu"):
-        return diffusers.DDPMScheduler(**{key: value for key, value in config.items() if key in known})
+        return diffusers.DDPMScheduler.from_config(dict(config))
