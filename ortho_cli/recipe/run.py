@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
+from ortho_cli.recipe.exports import ExportForm
 from ortho_cli.recipe.section import Count, Positive, Rejection, Section, Text, Whole
 
 __all__ = ["Best", "Run", "Train"]
@@ -83,3 +84,9 @@ class Run(Section):
     log_every: Count = Field(default=10, description="Steps between lines in metrics.jsonl.")
     samples_every: Count | None = Field(default=None, description="Epochs between samples, where a task makes any.")
     samples_every_steps: Count | None = Field(default=None, description="Steps between samples; null: by epochs.")
+    export: tuple[ExportForm, ...] = Field(
+        default=(),
+        description="Forms of the adapter for other tools, written below the run's export folder at its end: peft, "
+        "and folded into the base, merged; of Stable Diffusion peft, kohya-lora, diffusers-lora, merged-ldm, "
+        "merged-diffusers. All are exact.",
+    )

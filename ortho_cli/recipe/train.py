@@ -15,6 +15,7 @@ from pydantic import Field
 
 from ortho_cli.errors import RecipeError
 from ortho_cli.recipe.data import Data
+from ortho_cli.recipe.exports import export_problems
 from ortho_cli.recipe.load import inspect, read_recipe, validate
 from ortho_cli.recipe.matrix import Cell, cells, matrix_problems
 from ortho_cli.recipe.methods import Method
@@ -35,7 +36,7 @@ __all__ = [
 
 # What a resumed run may do differently without being another run; lengths may only grow.
 MAY_CHANGE = frozenset({
-    "data.path", "data.workers", "run.dir", "run.keep", "run.log_every", "run.samples_every",
+    "data.path", "data.workers", "run.dir", "run.export", "run.keep", "run.log_every", "run.samples_every",
     "run.samples_every_steps", "run.save_every", "run.save_every_steps", "run.trackers",
 })  # fmt: skip
 MAY_GROW = frozenset({"train.epochs", "train.steps"})
@@ -93,6 +94,7 @@ class TrainRecipe(Section):
             elif method.alpha and self.task.label_smoothing:
                 reason = "the labels' share of methods.distill is of plain cross-entropy; give 0 here, or alpha 0 there"
                 yield ("task", "label_smoothing"), reason
+        yield from export_problems(self)
         yield from matrix_problems(recipe_data(self, given_only=True))
 
 

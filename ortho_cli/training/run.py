@@ -7,7 +7,6 @@ steps in `keeper.py`.
 from __future__ import annotations
 
 import shlex
-import shutil
 import signal
 import threading
 import time
@@ -22,9 +21,10 @@ from ortho_cli.analysis.run_report import write_run_report
 from ortho_cli.errors import NumericsError, OrthoError
 
 from .debug_run import overfit_verdict, profiled
+from .export import check_exports, export
 from .keeper import Keeper
 from .loop import fit
-from .processes import on_main, open_accelerator, own_place
+from .processes import on_main, open_accelerator
 from .run_folder import OUTCOME, begin, best_or_last, check_folder, write_json
 from .session import Session, open_session, prepare_training
 from .state import last_checkpoint
@@ -90,6 +90,7 @@ def train(
     else:
         prepare_training(session)
         session.notes += ["no checkpoint was saved yet: began at step 0"] if resume else []
+    check_exports(session)
     on_main(accelerator, lambda: begin(folder, recipe, anew=saved is None))
     on_main(accelerator, lambda: session.task.keep(folder))
     profile = profiled(session, keeper.after_step) if debug == "profile" else nullcontext(keeper.after_step)
@@ -104,7 +105,7 @@ def train(
             f"stopped at step {keeper.counters.step} of {session.total_steps}; the state is saved",
             hint=f"go on with: ortho train {shlex.quote(str(folder / 'recipe.yaml'))} --resume",
         )
-    exports = _export(session, folder)
+    exports = export(session, folder)
     session.notes += [f"{key}: {note}" for key, each in session.named_methods.items() for note in each.closing_notes()]
     if debug == "overfit":
         session.notes.append(overfit_verdict(folder))
@@ -146,35 +147,3 @@ def _stop_signals(keeper: Keeper) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-@contextmanager
-def _set_aside(target: Path) -> Iterator[None]:
-    """Make room for a new export; the earlier one comes back if it fails."""
-    old = target.with_name(f".{target.name}.old")
-    if target.exists():
-        shutil.rmtree(old, ignore_errors=True)
-        target.rename(old)
-    try:
-        yield
-    except BaseException:
-        if old.exists():
-            shutil.rmtree(target, ignore_errors=True)
-            old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _export(session: Session, folder: Path) -> list[str]:
-    """What the methods leave behind, as it was judged: with averaged weights where there are any."""
-    written: list[str] = []
-    if session.is_main or session.is_sharded:
-        with session.for_judging():
-            for name, method in session.named_methods.items():
-                with own_place(session.accelerator, folder / "export" / name) as target:
-                    with _set_aside(target):
-                        method.export(session.model, target)
-                    if target.exists():
-                        written.append(str(target))
-    session.accelerator.wait_for_everyone()
-    return written

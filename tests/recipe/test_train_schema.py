@@ -80,6 +80,7 @@ METHODS: dict[str, dict[str, Any]] = {
     },
     "hessian": {"targets": ["x"], "exclude": [], "penalty": 1e-5, "directions": 2, "step": 0.1},
     "orojar": {"targets": ["x"], "exclude": [], "penalty": 1e-5, "directions": 2, "step": 0.1},
+    "vp": {"penalty": 1e-5, "width": 4},
     "track_conditioning": {"targets": "auto", "exclude": [], "every": 10, "of": "auto", "ridge": None},
     "distill": {
         "teacher": "there", "model": None, "temperature": 4.0, "alpha": 0.9, "attention": [], "beta": 1000.0,
@@ -112,7 +113,7 @@ TRAIN = {
 }  # fmt: skip
 RUN = {
     "dir": "runs/x", "save_every": None, "save_every_steps": None, "keep": None, "best": None, "trackers": [],
-    "log_every": 10, "samples_every": None, "samples_every_steps": None,
+    "log_every": 10, "samples_every": None, "samples_every_steps": None, "export": [],
 }  # fmt: skip
 REQUIRED = {
     "hf-image": "base: org/name", "timm": "architecture: resnetrs101", "peft": "config: {peft_type: OFT}",
