@@ -67,7 +67,7 @@ class StableDiffusion(nn.Module):
     @property
     def latent_factor(self) -> int:
         """Pixels of a picture for one of the latents."""
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return int(2 ** (len(self.vae.config.block_out_channels) - 1))
 
     @property
     def prediction_type(self) -> str:
@@ -102,7 +102,8 @@ class StableDiffusion(nn.Module):
         found = self.vae.encode(pictures.to(self.vae.encoder.conv_in.weight.dtype)).latent_dist
         config = self.vae.config
         shift = getattr(config, "shift_factor", None) or 0.0
-        return torch.stack([found.mean.float() - shift, found.std.float()], dim=1) * config.scaling_factor
+        moments: Tensor = torch.stack([found.mean.float() - shift, found.std.float()], dim=1) * config.scaling_factor
+        return moments
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
@@ -137,11 +138,12 @@ class StableDiffusion(nn.Module):
         Args:
             scheduler: a diffusers scheduler; None: DDIM, set up as the base's.
         """
-        from diffusers import DDIMScheduler, StableDiffusionPipeline
+        import diffusers
 
-        made: Any = StableDiffusionPipeline(
+        library: Any = diffusers
+        made = library.StableDiffusionPipeline(
             vae=self.vae, text_encoder=self.text_encoder, tokenizer=self.tokenizer, unet=self.unet,
-            scheduler=scheduler or DDIMScheduler.from_config(self.scheduler.config), safety_checker=None,
+            scheduler=scheduler or library.DDIMScheduler.from_config(self.scheduler.config), safety_checker=None,
             feature_extractor=None, requires_safety_checker=False,
         )  # fmt: skip
         made.set_progress_bar_config(disable=True)

@@ -8,12 +8,15 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from ortho_cli.recipe.data_captions import CaptionedPictures
 from ortho_cli.recipe.data_text import GLUE, Docstrings, TextTable
 from ortho_cli.recipe.instruct import Instructions
 from ortho_cli.recipe.section import Count, Rejection, Section, Share, Text, Whole
 from ortho_cli.recipe.translation import Parallel
 
-__all__ = ["GLUE", "Data", "Docstrings", "Images", "Instructions", "Parallel", "Series", "TextTable"]
+__all__ = [
+    "GLUE", "CaptionedPictures", "Data", "Docstrings", "Images", "Instructions", "Parallel", "Series", "TextTable",
+]  # fmt: skip
 
 
 class Images(Section):
@@ -98,4 +101,7 @@ class Series(Section):
             yield ("shares",), f"{self.shares[0]} and {self.shares[1]} leave one of the three parts without rows"
 
 
-Data = Annotated[Images | GLUE | TextTable | Docstrings | Series | Instructions | Parallel, Field(discriminator="name")]
+Data = Annotated[
+    Images | CaptionedPictures | GLUE | TextTable | Docstrings | Series | Instructions | Parallel,
+    Field(discriminator="name"),
+]

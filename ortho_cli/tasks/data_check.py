@@ -7,9 +7,11 @@ from typing import Any
 from torch import Tensor
 
 from ortho_cli.recipe.data import Images, Instructions, Series
+from ortho_cli.recipe.data_captions import CaptionedPictures
 from ortho_cli.recipe.data_text import Sentences
 from ortho_cli.recipe.translation import Parallel
 
+from .caption_data import check_captions, describe_captions, found_captions
 from .image_data import load_images
 from .image_specs import SPECS, sources
 from .instruct_check import check_pairs, describe_pairs, found_pairs
@@ -20,7 +22,7 @@ from .text_check import check_texts, describe_texts, found_texts
 __all__ = ["check_data", "describe_data", "found_text"]
 
 
-def describe_data(config: Images | Series | Sentences | Instructions | Parallel) -> str:
+def describe_data(config: Images | CaptionedPictures | Series | Sentences | Instructions | Parallel) -> str:
     """What the recipe's data is, how a local copy looks, and how to get it; nothing is opened.
 
     Args:
@@ -37,6 +39,8 @@ def describe_data(config: Images | Series | Sentences | Instructions | Parallel)
         return describe_pairs(config)
     if isinstance(config, Sentences):
         return describe_texts(config)
+    if isinstance(config, CaptionedPictures):
+        return describe_captions(config)
     spec = SPECS[config.name]
     lines = [f"{spec.name}: {spec.title}"]
     if config.path is not None:
@@ -48,7 +52,7 @@ def describe_data(config: Images | Series | Sentences | Instructions | Parallel)
     return "\n".join([*lines, "to get it:", *(f"  {line}" for line in sources(spec))])
 
 
-def check_data(config: Images | Series | Sentences | Instructions | Parallel) -> dict[str, Any]:
+def check_data(config: Images | CaptionedPictures | Series | Sentences | Instructions | Parallel) -> dict[str, Any]:
     """Open all parts of a recipe's data and count them.
 
     Args:
@@ -72,6 +76,8 @@ def check_data(config: Images | Series | Sentences | Instructions | Parallel) ->
         return check_pairs(config)
     if isinstance(config, Sentences):
         return check_texts(config)
+    if isinstance(config, CaptionedPictures):
+        return check_captions(config)
     train, judged = load_images(config, "train"), load_images(config, "eval")
     for images in (train, judged):
         if not isinstance(images.images, Tensor):
@@ -87,6 +93,8 @@ def check_data(config: Images | Series | Sentences | Instructions | Parallel) ->
 
 def found_text(found: dict[str, Any]) -> str:
     """What `check_data` found, in a sentence."""
+    if "captions" in found:
+        return found_captions(found)
     if "pairs" in found:
         return found_pairs(found)
     if "languages" in found:

@@ -1,0 +1,219 @@
+"""Open the captioned pictures of a recipe; every picture of a folder is decoded once before training starts."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from ortho_cli.errors import RecipeError, UsageError
+
+from .caption_files import TREE, CaptionRow, caption_rows
+from .draws import uniform
+from .hint_data import BUNDLED
+from .image_specs import Split
+from .pictures import decoded
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from ortho_cli.recipe.data_captions import CaptionedPictures
+
+__all__ = ["CaptionSet", "check_captions", "describe_captions", "fault_text", "found_captions", "load_captions"]
+
+READERS = 16  # threads that look into files
+HUB = {"nouns": "m1guelpf/nouns"}  # CC0
+SPLIT_SEED = 0
+TOLD = 5  # faults that are told one by one
+
+
+class Sources(Protocol):
+    """Pictures that are opened one at a time."""
+
+    def open(self, place: int) -> Image:
+        """The picture at a place, decoded."""
+
+    def identity(self, place: int) -> str:
+        """What tells the picture from every other, by its content."""
+
+
+@dataclass(frozen=True)
+class CaptionSet:
+    """One split: each entry of `places` is a sample, the picture at that place of `source`; some twice or more."""
+
+    source: Sources
+    captions: tuple[tuple[str, ...], ...]
+    sizes: tuple[tuple[int, int], ...]
+    places: tuple[int, ...]
+    faults: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+
+class _Files:
+    def __init__(self, rows: Sequence[CaptionRow]) -> None:
+        self.rows = rows
+
+    def open(self, place: int) -> Image:
+        return decoded(self.rows[place].picture, self.rows[place].where)
+
+    def identity(self, place: int) -> str:
+        return hashlib.sha256(self.rows[place].picture.read_bytes()).hexdigest()
+
+
+class _Bundled:
+    """Pictures of scikit-image."""
+
+    names = tuple(BUNDLED)
+
+    def open(self, place: int) -> Image:
+        from PIL import Image
+
+        try:
+            import skimage.data
+        except ImportError as error:
+            raise UsageError("skimage-captions comes with scikit-image", hint="pip install scikit-image") from error
+        pixels = np.asarray(getattr(skimage.data, self.names[place])())
+        return Image.fromarray(pixels if pixels.dtype == np.uint8 else (255 * pixels).astype(np.uint8))
+
+    def identity(self, place: int) -> str:
+        return _pixel_hash(self.open(place))
+
+
+class _Rows:
+    """Pictures in a column of a hub set."""
+
+    def __init__(self, rows: Any, column: str) -> None:
+        self.rows, self.column = rows, column
+
+    def open(self, place: int) -> Image:
+        picture: Image | None = self.rows[place][self.column]
+        if picture is None:
+            raise RecipeError(f"row {place} of the hub set has no picture in column {self.column!r}")
+        return picture
+
+    def identity(self, place: int) -> str:
+        return _pixel_hash(self.open(place))
+
+
+def _pixel_hash(picture: Image) -> str:
+    return hashlib.sha256(f"{picture.mode}{picture.size}".encode() + picture.tobytes()).hexdigest()
+
+
+def load_captions(config: CaptionedPictures, split: Split) -> CaptionSet:
+    """Open one split of a recipe's data.
+
+    Args:
+        config: the recipe's `data` section.
+        split: `train`, or `eval`, which is empty where nothing is held out.
+
+    Raises:
+        RecipeError: the data is not there, a line is wrong, a picture is missing or broken, or a caption is, with file
+            and line; unless `skip_bad`, which leaves such samples out.
+        UsageError: a library that is needed is not installed.
+
+    Cost: every file is decoded once, by several threads; of the hub's pictures the headers are read.
+    """
+    if config.path is not None:
+        rows, parted = caption_rows(Path(config.path).expanduser(), split)
+        found = _checked(rows, config.skip_bad, split)
+    else:
+        found, parted = _bundled() if config.name == "skimage-captions" else _hub(config, split)
+    if parted:
+        return found
+    held = _held_out(len(found.captions), config.held_out)
+    return replace(found, places=tuple(place for place in found.places if (place in held) == (split == "eval")))
+
+
+def describe_captions(config: CaptionedPictures) -> str:
+    """What the data is, how a folder looks, and how to get it."""
+    if config.name == "skimage-captions":
+        return "skimage-captions: pictures of scikit-image with a sentence each\nto get it:\n  pip install scikit-image"
+    if config.path is None:
+        where = config.source or HUB.get(config.name, "")
+        return f"{config.name}: a set of the hub, {where}\nto get it:\n  pip install 'ortho-cli[vision]'; it is fetched"
+    lines = [f"caption-folder: read from {config.path}   (FOLDER below)", "it looks like one of"]
+    return "\n".join([*lines, *(f"  {line}" for line in TREE)])
+
+
+def check_captions(config: CaptionedPictures) -> dict[str, Any]:
+    """Open both splits and count them."""
+    train, judged = load_captions(config, "train"), load_captions(config, "eval")
+    return {
+        "name": config.name, "train": len(train), "eval": len(judged), "captions": sum(map(len, train.captions)),
+        "faults": sorted({*train.faults, *judged.faults}),
+    }  # fmt: skip
+
+
+def found_captions(found: dict[str, Any]) -> str:
+    """What `check_captions` found, in a sentence."""
+    told = f"found: {found['train']} samples to train on, {found['eval']} to judge by; {found['captions']} captions"
+    return told + (f"; {fault_text(found['faults'])}" if found["faults"] else "")
+
+
+def fault_text(faults: Sequence[str]) -> str:
+    """How many samples were left out, and the first of them."""
+    more = f"; and {len(faults) - TOLD} more" if len(faults) > TOLD else ""
+    return f"{len(faults)} bad samples are left out: {'; '.join(faults[:TOLD])}{more}"
+
+
+def _held_out(count: int, share: float) -> set[int]:
+    """The places to judge by, the same for every run; some where any are wanted, never all."""
+    if not share or count < 2:
+        return set()
+    draws = uniform(SPLIT_SEED, 0, np.arange(count), 1)[:, 0]
+    return set(np.argsort(draws)[: min(max(round(share * count), 1), count - 1)].tolist())
+
+
+def _checked(rows: Sequence[CaptionRow], skip_bad: bool, split: Split) -> CaptionSet:
+    """The rows whose pictures open."""
+    with ThreadPoolExecutor(READERS) as readers:
+        looked = list(readers.map(_look, rows))
+    bad = [(row, found) for row, found in zip(rows, looked, strict=True) if isinstance(found, str)]
+    if bad and not skip_bad:
+        more = f" ({len(bad) - 1} more of {split} are bad too)" if len(bad) > 1 else ""
+        raise RecipeError(
+            f"{bad[0][1]}{more}", hint="leave bad samples out with data.skip_bad: true", where=bad[0][0].where
+        )
+    kept = [(row, size) for row, size in zip(rows, looked, strict=True) if not isinstance(size, str)]
+    if bad and not kept:
+        raise RecipeError(f"no sample of {split} is left: {bad[0][1]}", where=bad[0][0].where)
+    places = tuple(place for place, (row, _) in enumerate(kept) for _ in range(row.repeats))
+    return CaptionSet(
+        _Files([row for row, _ in kept]), tuple(row.captions for row, _ in kept), tuple(size for _, size in kept),
+        places, tuple(f"{row.where}: {fault}" for row, fault in bad),
+    )  # fmt: skip
+
+
+def _look(row: CaptionRow) -> tuple[int, int] | str:
+    """The size of a picture, or what is wrong with the row."""
+    if row.fault:
+        return row.fault
+    try:
+        picture = decoded(row.picture, row.where)
+    except RecipeError as error:
+        return f"picture {row.picture.name!r}: {error.message}"
+    return picture.size
+
+
+def _bundled() -> tuple[CaptionSet, bool]:
+    source = _Bundled()
+    sizes = tuple(source.open(place).size for place in range(len(source.names)))
+    captions = tuple((BUNDLED[name],) for name in source.names)
+    return CaptionSet(source, captions, sizes, tuple(range(len(sizes)))), False
+
+
+def _hub(config: CaptionedPictures, split: Split) -> tuple[CaptionSet, bool]:
+    """A set of the hub, through `datasets`."""
+    from .caption_hub import hub_rows
+
+    rows, image, captions, parted = hub_rows(config.source or HUB[config.name], config.caption_column, split)
+    source = _Rows(rows, image)
+    sizes = tuple(source.open(place).size for place in range(len(rows)))
+    return CaptionSet(source, captions, sizes, tuple(range(len(rows)))), parted
