@@ -60,6 +60,7 @@ TABLES: dict[str, dict[str, str]] = {
         "forecast": "ortho_cli.tasks.forecast:ForecastTask",
         "instruct": "ortho_cli.tasks.instruct:InstructTask",
         "gan": "ortho_cli.tasks.gan:GANTask",
+        "control": "ortho_cli.tasks.control:ControlTask",
         "text_to_image": "ortho_cli.tasks.text_to_image:TextToImageTask",
         "translate": "ortho_cli.tasks.translate:TranslateTask",
     },

@@ -71,7 +71,7 @@ def add_hint_encoder(model: Any) -> HintEncoder:
     """
     encoder = HintEncoder(model.unet.config.block_out_channels[0])
     setattr(model, CONTROL, encoder)
-    model.head = (CONTROL,)
+    model.task_head = (CONTROL,)
     return encoder
 
 

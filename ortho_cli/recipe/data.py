@@ -9,13 +9,15 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from ortho_cli.recipe.data_captions import CaptionedPictures
+from ortho_cli.recipe.data_hints import HintedPictures
 from ortho_cli.recipe.data_text import GLUE, Docstrings, TextTable
 from ortho_cli.recipe.instruct import Instructions
 from ortho_cli.recipe.section import Count, Rejection, Section, Share, Text, Whole
 from ortho_cli.recipe.translation import Parallel
 
 __all__ = [
-    "GLUE", "CaptionedPictures", "Data", "Docstrings", "Images", "Instructions", "Parallel", "Series", "TextTable",
+    "GLUE", "CaptionedPictures", "Data", "Docstrings", "HintedPictures", "Images", "Instructions", "Parallel", "Series",
+    "TextTable",
 ]  # fmt: skip
 
 
@@ -102,6 +104,6 @@ class Series(Section):
 
 
 Data = Annotated[
-    Images | CaptionedPictures | GLUE | TextTable | Docstrings | Series | Instructions | Parallel,
+    Images | HintedPictures | CaptionedPictures | GLUE | TextTable | Docstrings | Series | Instructions | Parallel,
     Field(discriminator="name"),
 ]

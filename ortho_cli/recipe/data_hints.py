@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from ortho_cli.recipe.section import Count, Rejection, Section, Text, Whole
+from ortho_cli.recipe.section import Count, NotNegative, Rejection, Section, Text, Whole
 
 __all__ = ["HINTS", "HintKind", "HintedPictures"]
 
@@ -29,6 +29,12 @@ class HintedPictures(Section):
     name: Literal[
         "ade20k-hints", "coco-hints", "celebahq-hints", "deepfashion-hints", "skimage-hints", "hint-folder"
     ] = Field(description="The data set; that of scikit-image needs no download, and has canny hints only.")
+    hint: HintKind = Field(
+        description="What hints show; canny ones are made of the pictures where the set has no files of them."
+    )
+    thresholds: tuple[NotNegative, NotNegative] = Field(
+        default=(100.0, 200.0), description="Of canny hints: below the first are no edges, above the second are."
+    )
     path: Text | None = Field(default=None, description="The folder; see: ortho recipe check --data.")
     batch: Count = Field(default=8, description="Samples a step, over all processes and accumulated parts together.")
     eval_batch: Count | None = Field(default=None, description="Samples a batch in evaluation; null: as in training.")
@@ -41,7 +47,12 @@ class HintedPictures(Section):
     )
 
     def problems(self) -> Iterator[Rejection]:
-        """Only scikit-image brings its own pictures."""
+        """A set has its own hints, thresholds an order, and only scikit-image brings pictures."""
+        known = HINTS.get(self.name, (self.hint,))
+        if self.hint not in known:
+            yield ("hint",), f"{self.name} has no {self.hint} hints, but {', '.join(known)}"
+        if self.thresholds[0] > self.thresholds[1]:
+            yield ("thresholds",), f"the first must not be above the second, found {list(self.thresholds)}"
         if self.name == "skimage-hints" and self.path is not None:
             yield ("path",), "skimage-hints comes with scikit-image and has none; remove the line"
         if self.name != "skimage-hints" and self.path is None:

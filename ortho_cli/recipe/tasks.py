@@ -9,10 +9,11 @@ from pydantic import Field
 from ortho_cli.recipe.instruct import Instruct
 from ortho_cli.recipe.section import Count, NotNegative, Section, Share
 from ortho_cli.recipe.tasks_diffusion import TextToImage
+from ortho_cli.recipe.tasks_control import Control
 from ortho_cli.recipe.tasks_text import Glue
 from ortho_cli.recipe.translation import Translate
 
-__all__ = ["GAN", "Classify", "Forecast", "Glue", "Instruct", "Task", "TextToImage", "Translate"]
+__all__ = ["GAN", "Classify", "Control", "Forecast", "Glue", "Instruct", "Task", "TextToImage", "Translate"]
 
 
 class Classify(Section):
@@ -64,4 +65,6 @@ class GAN(Section):
     compat: None = Field(default=None, description="No published number needs a deviation of this task.")
 
 
-Task = Annotated[Classify | Glue | Forecast | Instruct | GAN | TextToImage | Translate, Field(discriminator="name")]
+Task = Annotated[
+    Classify | Control | Glue | Forecast | Instruct | GAN | TextToImage | Translate, Field(discriminator="name")
+]

@@ -8,10 +8,12 @@ from torch import Tensor
 
 from ortho_cli.recipe.data import Images, Instructions, Series
 from ortho_cli.recipe.data_captions import CaptionedPictures
+from ortho_cli.recipe.data_hints import HintedPictures
 from ortho_cli.recipe.data_text import Sentences
 from ortho_cli.recipe.translation import Parallel
 
 from .caption_data import check_captions, describe_captions, found_captions
+from .hint_check import check_hints, describe_hints, found_hints
 from .image_data import load_images
 from .image_specs import SPECS, sources
 from .instruct_check import check_pairs, describe_pairs, found_pairs
@@ -22,7 +24,9 @@ from .text_check import check_texts, describe_texts, found_texts
 __all__ = ["check_data", "describe_data", "found_text"]
 
 
-def describe_data(config: Images | CaptionedPictures | Series | Sentences | Instructions | Parallel) -> str:
+def describe_data(
+    config: Images | CaptionedPictures | HintedPictures | Series | Sentences | Instructions | Parallel,
+) -> str:
     """What the recipe's data is, how a local copy looks, and how to get it; nothing is opened.
 
     Args:
@@ -41,6 +45,8 @@ def describe_data(config: Images | CaptionedPictures | Series | Sentences | Inst
         return describe_texts(config)
     if isinstance(config, CaptionedPictures):
         return describe_captions(config)
+    if isinstance(config, HintedPictures):
+        return describe_hints(config)
     spec = SPECS[config.name]
     lines = [f"{spec.name}: {spec.title}"]
     if config.path is not None:
@@ -52,7 +58,9 @@ def describe_data(config: Images | CaptionedPictures | Series | Sentences | Inst
     return "\n".join([*lines, "to get it:", *(f"  {line}" for line in sources(spec))])
 
 
-def check_data(config: Images | CaptionedPictures | Series | Sentences | Instructions | Parallel) -> dict[str, Any]:
+def check_data(
+    config: Images | CaptionedPictures | HintedPictures | Series | Sentences | Instructions | Parallel,
+) -> dict[str, Any]:
     """Open all parts of a recipe's data and count them.
 
     Args:
@@ -78,6 +86,8 @@ def check_data(config: Images | CaptionedPictures | Series | Sentences | Instruc
         return check_texts(config)
     if isinstance(config, CaptionedPictures):
         return check_captions(config)
+    if isinstance(config, HintedPictures):
+        return check_hints(config)
     train, judged = load_images(config, "train"), load_images(config, "eval")
     for images in (train, judged):
         if not isinstance(images.images, Tensor):
@@ -99,6 +109,8 @@ def found_text(found: dict[str, Any]) -> str:
         return found_pairs(found)
     if "languages" in found:
         return found_parallel(found)
+    if "hint" in found:
+        return found_hints(found)
     if "columns" in found:
         columns = f"{len(found['columns'])} columns ({', '.join(found['columns'])})"
         parts = f"{found['train']} rows to train on, {found['val']} to validate, {found['test']} to test"

@@ -19,7 +19,7 @@ from .pictures import decoded
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-    from ortho_cli.recipe.data_hints import HintedPictures, HintKind
+    from ortho_cli.recipe.data_hints import HintedPictures
 
 __all__ = ["HintPictures", "HintSet", "load_hints"]
 
@@ -97,12 +97,11 @@ class _Bundled:
         return Image.fromarray(pixels if pixels.dtype == np.uint8 else (255 * pixels).astype(np.uint8)), None
 
 
-def load_hints(config: HintedPictures, hint: HintKind, split: Split) -> HintSet:
+def load_hints(config: HintedPictures, split: Split) -> HintSet:
     """Open one split of a recipe's data; every file of it is decoded once.
 
     Args:
         config: the recipe's `data` section.
-        hint: the kind of hint.
         split: `train` or `eval`; a folder without such parts has every fifth sample held out.
 
     Raises:
@@ -114,7 +113,7 @@ def load_hints(config: HintedPictures, hint: HintKind, split: Split) -> HintSet:
     if config.name == "skimage-hints":
         names = list(BUNDLED)
         return HintSet(_Bundled([names[place] for place in stratified([0] * len(names), split)]))
-    rows, parted = read_rows(config, hint, split)
+    rows, parted = read_rows(config, split)
     if not parted:
         rows = [rows[place] for place in stratified([0] * len(rows), split)]
     with ThreadPoolExecutor(READERS) as readers:

@@ -38,12 +38,11 @@ class HintRow:
     where: str
 
 
-def read_rows(config: HintedPictures, hint: HintKind, split: Split) -> tuple[list[HintRow], bool]:
+def read_rows(config: HintedPictures, split: Split) -> tuple[list[HintRow], bool]:
     """List the samples of a split, without opening a picture.
 
     Args:
         config: the recipe's `data` section.
-        hint: the kind of hint; of the published sets it names the folder.
         split: `train` or `eval`.
 
     Returns:
@@ -63,7 +62,7 @@ def read_rows(config: HintedPictures, hint: HintKind, split: Split) -> tuple[lis
         index, root = _index(folder, spec, None)
     if index is None:
         raise missing_hints(spec, f"data.path {str(folder)!r} has no file of prompts for {split}", str(folder))
-    rows = [_row(value, where, root, spec, hint, split) for value, where in _entries(index)]
+    rows = [_row(value, where, root, spec, config.hint, split) for value, where in _entries(index)]
     if not rows:
         raise RecipeError("it names no picture", where=str(index))
     return rows, not whole
