@@ -1,4 +1,4 @@
-"""The methods about a generator's code: `hessian` and `orojar`."""
+"""The methods about a generator's code: `hessian`, `orojar` and `vp`."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from ortho_cli.recipe.method_section import Exclude, MethodSection
-from ortho_cli.recipe.section import NotNegative, Patterns, Positive
+from ortho_cli.recipe.section import Count, NotNegative, Patterns, Positive
 
-__all__ = ["Hessian", "OroJaR"]
+__all__ = ["VP", "Hessian", "OroJaR"]
 
 Targets = Annotated[
     Patterns, Field(min_length=1, description="Patterns of the generator's layers, whose outputs are regularised.")
@@ -39,3 +39,11 @@ class OroJaR(MethodSection):
     penalty: Weight = 1e-5
     directions: Directions = 2
     step: Step = 0.1
+
+
+class VP(MethodSection):
+    """A generator whose changes tell which coordinate was moved, by a classifier beside it (arXiv:2007.10785)."""
+
+    name: Literal["vp"] = Field(description="The method.")
+    penalty: Weight = 1e-5
+    width: Count = Field(default=4, description="Channels of the classifier's convolutions.")

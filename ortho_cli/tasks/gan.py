@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 __all__ = ["GANTask"]
 
 # Of the random numbers; 0 to 2 are the pictures', 7 and 8 those of what is generated.
-NOISE_STREAM, DRAW_STREAM, MIX_STREAM, JUDGE_STREAM, SIGN_STREAM = 3, 4, 5, 6, 9
+NOISE_STREAM, DRAW_STREAM, MIX_STREAM, JUDGE_STREAM, SIGN_STREAM, UNIFORM_STREAM = 3, 4, 5, 6, 9, 10
 JUDGE_SEED = 0  # all runs are judged by the same noise
 GRID = 8  # side of the squares whose means are compared
 
@@ -129,12 +129,14 @@ class GANTask(Task):
     def loss(self, model: nn.Module, batch: Batch, phase: str) -> Losses:
         """The adversarial loss of a phase, of the discriminator with its penalties; beside it how sure it is.
 
-        For penalties on the generator there are its `noise` and, by their number, random `signs` of each sample.
+        For penalties on the generator there are its `noise` and, by their number, random `signs` of each sample and
+        `uniform` numbers.
         """
         found = model(phase, batch)
         adversarial = LOSSES[self.config.loss]
         if phase == "generator":
-            outputs = {**found, "noise": batch["noise"][:, 1], "signs": partial(self._signs, batch)}
+            drawn = {"signs": partial(self._signs, batch), "uniform": partial(self._uniform, batch, UNIFORM_STREAM)}
+            outputs = {**found, "noise": batch["noise"][:, 1], **drawn}
             return adversarial.generator(found["fake"]), outputs, {}
         loss = adversarial.discriminator(found["real"], found["fake"])
         said = {name: found[name].detach().mean() for name in ("real", "fake")}
@@ -146,10 +148,13 @@ class GANTask(Task):
 
     def _signs(self, batch: Batch, count: int) -> Tensor:
         """Vectors of -1 and 1 around the noise, `(count, B, D)`; drawn as all else is, by sample and epoch."""
-        places, epoch = batch["index"].cpu().numpy(), int(batch["epoch"])
-        drawn = uniform(self.seed, epoch, places, count * self.noise_dim, SIGN_STREAM) < 0.5
-        signs = torch.from_numpy(1 - 2 * drawn.astype(np.float32)).view(-1, count, self.noise_dim)
-        return signs.transpose(0, 1).to(batch["noise"].device)
+        drawn = self._uniform(batch, SIGN_STREAM, count * self.noise_dim) < 0.5
+        return (1 - 2 * drawn.float()).view(-1, count, self.noise_dim).transpose(0, 1)
+
+    def _uniform(self, batch: Batch, stream: int, columns: int) -> Tensor:
+        """Numbers in [0, 1) of each sample in its epoch, `(B, columns)` float64."""
+        drawn = uniform(self.seed, int(batch["epoch"]), batch["index"].cpu().numpy(), columns, stream)
+        return torch.from_numpy(drawn).to(batch["noise"].device)
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, batches: Iterable[Batch], reduce: Reduce | None = None) -> dict[str, float]:

@@ -30,14 +30,20 @@ SECTIONS = {
 
 
 def test_killed_and_resumed_bit_for_bit(tmp_path: Path) -> None:
-    train(load_train(write(tmp_path, "whole", **SECTIONS)))
-    broken = write(tmp_path, "broken", **SECTIONS)
+    more = SECTIONS["methods"].removesuffix("]") + ", {name: vp, penalty: 0.1}]"  # which learns a classifier beside it
+    sections = {**SECTIONS, "methods": more}
+    train(load_train(write(tmp_path, "whole", **sections)))
+    broken = write(tmp_path, "broken", **sections)
     die_at(broken, 4)
     train(load_train(broken), resume=True)
     assert_same_runs(tmp_path / "whole", tmp_path / "broken")
     grids = [(tmp_path / run / "samples" / "step-000006" / "samples.png").read_bytes() for run in ("whole", "broken")]
     assert grids[0] == grids[1]
     assert len(lines_of(tmp_path / "whole", "train/discriminator/r1")) == STEPS // 2
+    assert len(lines_of(tmp_path / "whole", "method/vp/accuracy")) == STEPS
+    folder = last_checkpoint(tmp_path / "whole")
+    assert folder is not None
+    assert {name.partition(".")[0] for name in load_tensors(folder / "model.safetensors")} == set(GANTask.phases)
 
 
 def test_each_phase_moves_its_own_network_and_leaves_no_gradients_elsewhere(tmp_path: Path) -> None:
