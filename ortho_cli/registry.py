@@ -112,6 +112,7 @@ TABLES: dict[str, dict[str, str]] = {
         "track_conditioning": "ortho_cli.methods.track_conditioning:TrackConditioningMethod",
         "hessian": "ortho_cli.methods.code_penalties:HessianMethod",
         "orojar": "ortho_cli.methods.code_penalties:OroJaRMethod",
+        "vp": "ortho_cli.methods.variation:VPMethod",
     },
 }
 
