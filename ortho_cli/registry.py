@@ -78,6 +78,7 @@ TABLES: dict[str, dict[str, str]] = {
     # What `evaluate` asks a task's model for beyond its outputs.
     "model_judges": {
         "gan": "ortho_cli.training.evaluate_gan:GANJudge",
+        "control": "ortho_cli.training.evaluate_control:ControlJudge",
     },
     # What `evaluate` says of a folder of generated pictures beside a folder of references.
     "picture_metrics": {

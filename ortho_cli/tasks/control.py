@@ -167,7 +167,7 @@ class ControlTask(Task):
         chosen = batch["index"] < self.config.scored
         if not chosen.any():
             return torch.zeros(0)
-        drawn = self._drawn(batch["index"][chosen].cpu(), batch["hint"][chosen], JUDGE_SEED)
+        drawn = self.drawn(batch["index"][chosen].cpu(), batch["hint"][chosen], JUDGE_SEED)
         return edge_f1(drawn, batch["image"][chosen], self.data.thresholds)
 
     @torch.no_grad()
@@ -180,11 +180,20 @@ class ControlTask(Task):
         device, size = self.model.alphas_cumprod.device, (self.data.size, self.data.size)
         batch = {name: value.to(device) for name, value in found.fetch(0, index).items()}
         hints = F.interpolate(batch["hint"].mul(2).sub(1), size, mode="nearest")
-        columns = [part.cpu() for part in (hints, self._drawn(index, batch["hint"], self.seed), batch["image"])]
+        columns = [part.cpu() for part in (hints, self.drawn(index, batch["hint"], self.seed), batch["image"])]
         save_grid(torch.stack(columns, dim=1).flatten(0, 1), folder / "samples.png", columns=3)
 
-    def _drawn(self, index: Tensor, hints: Tensor, seed: int) -> Tensor:
-        """Pictures `(B, 3, H, W)` in [-1, 1] to the prompts of evaluation samples and their hints, by DDIM."""
+    def drawn(self, index: Tensor, hints: Tensor, seed: int) -> Tensor:
+        """Draw pictures to the prompts of evaluation samples and their hints, by DDIM, each from noise of its own.
+
+        Args:
+            index: `(B,)` int64 on the CPU, places in the evaluation split.
+            hints: theirs, where the model is.
+            seed: of the noise.
+
+        Returns:
+            `(B, 3, S, S)` in [-1, 1].
+        """
         first = self.model.unet.conv_in.weight
         noise = normal(seed, 0, index, prod(self.latents), SAMPLE_STREAM).view(-1, *self.latents)
         with hint_added(self.model.unet.conv_in, self.encoder(hints)):

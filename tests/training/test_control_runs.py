@@ -15,7 +15,9 @@ pytest.importorskip("diffusers", reason="the networks are diffusers' own")
 from ortho_cli.errors import RecipeError
 from ortho_cli.recipe.train import load_train
 from ortho_cli.tasks.control import ControlTask
+from ortho_cli.training.evaluate import evaluate_run
 from ortho_cli.training.log import read_lines
+from ortho_cli.training.model_judge import Drawing
 from ortho_cli.training.run import train
 from ortho_cli.training.session import open_session, prepare_training
 from ortho_cli.training.state import last_checkpoint, load_tensors
@@ -161,6 +163,19 @@ def test_bad_samples_that_are_left_out_are_told(tmp_path: Path) -> None:
     told = [note for note in opened(tmp_path, data=f"{{{given}, skip_bad: true}}").notes if "left out" in note]
     assert len(told) == 2
     assert "1 bad samples of train are left out" in told[0]
+
+
+def test_evaluate_draws_to_the_hints_where_it_is_asked(tmp_path: Path) -> None:
+    sections = {**SECTIONS, "train": "{steps: 1, threads: 1}", "run": "{dir: FOLDER, save_every_steps: 1}"}
+    train(load_train(write(tmp_path, "run", **sections)))
+    plain = evaluate_run(tmp_path / "run")
+    assert set(plain.metrics) == {"loss", "canny_f1"}
+    asked = evaluate_run(tmp_path / "run", metrics=["canny", "landmarks"], drawing=Drawing(number=1))
+    assert {"canny_iou", "canny_f1"} <= set(asked.metrics)
+    assert [skipped.metric for skipped in asked.skipped] == ["landmarks"]
+    assert asked.notes == ["1 pictures were drawn, in 2 steps at guidance 9"]
+    again = evaluate_run(tmp_path / "run", metrics=["canny"], drawing=Drawing(number=1))
+    assert again.metrics["canny_iou"] == asked.metrics["canny_iou"]
 
 
 @pytest.mark.slow
