@@ -61,24 +61,31 @@ TABLES: dict[str, dict[str, str]] = {
         "instruct": "ortho_cli.tasks.instruct:InstructTask",
         "gan": "ortho_cli.tasks.gan:GANTask",
         "control": "ortho_cli.tasks.control:ControlTask",
+        "dreambooth": "ortho_cli.tasks.dreambooth:DreamboothTask",
         "text_to_image": "ortho_cli.tasks.text_to_image:TextToImageTask",
         "translate": "ortho_cli.tasks.translate:TranslateTask",
     },
     # What `generate` makes with a run of a task.
     "makers": {
         "gan": "ortho_cli.training.generate_gan:MAKER",
+        "translate": "ortho_cli.training.generate_translation:MAKER",
+        "instruct": "ortho_cli.training.generate_answers:MAKER",
         "text_to_image": "ortho_cli.training.generate_diffusion:MAKER",
         "dreambooth": "ortho_cli.training.generate_diffusion:MAKER",
         "control": "ortho_cli.training.generate_diffusion:CONTROL_MAKER",
+        "dreambooth": "ortho_cli.training.generate_diffusion:MAKER",
     },
     # What `evaluate` says of a task's outputs beyond its own metrics.
     "judges": {
         "classify": "ortho_cli.analysis.classification:JUDGE",
+        "instruct": "ortho_cli.analysis.answers:JUDGE",
     },
     # What `evaluate` asks a task's model for beyond its outputs.
     "model_judges": {
         "gan": "ortho_cli.training.evaluate_gan:GANJudge",
         "control": "ortho_cli.training.evaluate_control:ControlJudge",
+        "instruct": "ortho_cli.training.evaluate_language:LanguageJudge",
+        "dreambooth": "ortho_cli.training.evaluate_subject:SubjectJudge",
     },
     # What `evaluate` says of a folder of generated pictures beside a folder of references.
     "picture_metrics": {

@@ -102,7 +102,7 @@ def _check_data(recipe: object) -> None:
     from ortho_cli.tasks.data_check import check_data, describe_data, found_text
 
     typer.echo(describe_data(section))  # first: it helps most where the data is missing
-    typer.echo(found_text(check_data(section)))
+    typer.echo(found_text(section, check_data(section)))
 
 
 @app.command()

@@ -10,6 +10,7 @@ from pydantic import Field
 
 from ortho_cli.recipe.data_captions import CaptionedPictures
 from ortho_cli.recipe.data_hints import HintedPictures
+from ortho_cli.recipe.data_subject import SubjectPictures
 from ortho_cli.recipe.data_text import GLUE, Docstrings, TextTable
 from ortho_cli.recipe.instruct import Instructions
 from ortho_cli.recipe.section import Count, Rejection, Section, Share, Text, Whole
@@ -104,6 +105,15 @@ class Series(Section):
 
 
 Data = Annotated[
-    Images | HintedPictures | CaptionedPictures | GLUE | TextTable | Docstrings | Series | Instructions | Parallel,
+    Images
+    | CaptionedPictures
+    | HintedPictures
+    | SubjectPictures
+    | GLUE
+    | TextTable
+    | Docstrings
+    | Series
+    | Instructions
+    | Parallel,
     Field(discriminator="name"),
 ]

@@ -8,8 +8,9 @@ from pydantic import Field
 
 from ortho_cli.recipe.instruct import Instruct
 from ortho_cli.recipe.section import Count, NotNegative, Section, Share
-from ortho_cli.recipe.tasks_diffusion import TextToImage
 from ortho_cli.recipe.tasks_control import Control
+from ortho_cli.recipe.tasks_diffusion import TextToImage
+from ortho_cli.recipe.tasks_dreambooth import Dreambooth
 from ortho_cli.recipe.tasks_text import Glue
 from ortho_cli.recipe.translation import Translate
 
@@ -66,5 +67,6 @@ class GAN(Section):
 
 
 Task = Annotated[
-    Classify | Control | Glue | Forecast | Instruct | GAN | TextToImage | Translate, Field(discriminator="name")
+    Classify | Control | Dreambooth | Glue | Forecast | Instruct | GAN | TextToImage | Translate,
+    Field(discriminator="name"),
 ]

@@ -10,7 +10,7 @@ from .series_specs import SPECS
 if TYPE_CHECKING:
     from ortho_cli.recipe.data import Series
 
-__all__ = ["check_series", "describe_series"]
+__all__ = ["check_series", "describe_series", "found_series"]
 
 
 def describe_series(config: Series) -> str:
@@ -44,3 +44,10 @@ def check_series(config: Series) -> dict[str, Any]:
     for part, (first, last) in series.parts.items():
         found[part] = last - first
     return found
+
+
+def found_series(found: dict[str, Any]) -> str:
+    """What `check_series` found, in words."""
+    columns = f"{len(found['columns'])} columns ({', '.join(found['columns'])})"
+    parts = f"{found['train']} rows to train on, {found['val']} to validate, {found['test']} to test"
+    return f"found: {columns}; {parts}"

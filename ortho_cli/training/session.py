@@ -29,7 +29,7 @@ from .base import is_gone, load_base, open_base
 from .base_weights import BaseWeights
 from .ema import Average
 from .optimizers import build_optimizer, keep_moments, parameter_groups, set_learning_rate
-from .processes import open_accelerator
+from .processes import on_main, open_accelerator
 from .recompute import recompute_activations
 from .schedule import Schedule, build_schedule
 
@@ -143,6 +143,7 @@ def open_session(
         task.recall(kept)
     model, left_over = build_model(recipe, task, judging=judging)
     base = BaseWeights(model, recipe.model.base) if recipe.model.is_its_base and recipe.model.base else None
+    made = [] if judging else gather(task, model, accelerator)
     steps_per_epoch = min(task.steps_per_epoch, recipe.train.limit_batches or task.steps_per_epoch)
     total = recipe.train.steps or recipe.train.epochs * steps_per_epoch
     methods = [registry.resolve("methods", config.name)(config) for config in recipe.methods]
@@ -161,12 +162,21 @@ def open_session(
             method.follow(average.carry)
     session = Session(recipe, accelerator, task, model, methods, steps_per_epoch, total, schedule, average, base)
     session.notes += [f"{method.name}: {note}" for method in methods for note in getattr(method, "notes", ())]
-    session.notes += [f"model: {note}" for note in getattr(model, "notes", ())]
+    session.notes += [f"model: {note}" for note in getattr(model, "notes", ())] + made
     if left_over:
         session.notes.append(f"model.base: {len(left_over)} of its tensors are not used, first {left_over[0]}")
     if (recipe.run.samples_every or recipe.run.samples_every_steps) and not session.makes_samples:
         session.notes.append(f"run.samples_every: task {recipe.task.name} has no samples to show")
     return session
+
+
+def gather(task: Task, model: nn.Module, accelerator: Accelerator) -> list[str]:
+    """What the task makes of the base for want of data, made by the main process while the others wait."""
+    made: list[str] = []
+    if type(task).gather is not Task.gather:
+        model.to(accelerator.device)
+        on_main(accelerator, lambda: made.extend(task.gather(model)))
+    return made
 
 
 def shrink_frozen(model: nn.Module, precision: str) -> None:

@@ -16,9 +16,9 @@ import torch
 from ortho_cli.errors import RecipeError
 from ortho_cli.recipe.data_captions import CaptionedPictures
 from ortho_cli.tasks.caption_buckets import bucket_batches, bucket_shapes, eval_batches, nearest_shapes
-from ortho_cli.tasks.caption_data import check_captions, load_captions
+from ortho_cli.tasks.caption_data import check_captions, found_captions, load_captions
 from ortho_cli.tasks.caption_samples import CaptionSamples
-from ortho_cli.tasks.data_check import describe_data, found_text
+from ortho_cli.tasks.data_check import describe_data
 
 Image = pytest.importorskip("PIL.Image")
 
@@ -97,7 +97,7 @@ def test_faults_stop_with_file_and_line_or_are_left_out(kind: str, tmp_path: Pat
     found = load_captions(section(tmp_path, skip_bad=True), "train")
     assert (len(found), len(found.faults)) == (1, 1)
     assert "metadata.jsonl:2: " in found.faults[0]
-    told = found_text(check_captions(section(tmp_path, skip_bad=True)))
+    told = found_captions(check_captions(section(tmp_path, skip_bad=True)))
     assert "1 samples to train on" in told
     assert "1 bad samples are left out" in told
 

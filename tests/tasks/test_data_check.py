@@ -41,7 +41,8 @@ def test_what_is_there_is_counted(tmp_path: Path) -> None:
 
 def test_pictures_without_classes_are_said_to_have_none() -> None:
     pytest.importorskip("skimage", reason="the faces come with scikit-image")
-    assert found_text(check_data(section("faces"))) == "found: 80 samples to train on, 20 to judge by; no classes"
+    faces = section("faces")
+    assert found_text(faces, check_data(faces)) == "found: 80 samples to train on, 20 to judge by; no classes"
 
 
 def test_what_is_missing_is_an_error_that_helps(tmp_path: Path) -> None:

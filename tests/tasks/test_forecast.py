@@ -196,9 +196,10 @@ def test_every_series_says_how_to_get_it(name: str) -> None:
 
 
 def test_what_is_there_is_counted() -> None:
-    found = check_data(section(columns=("b",)))
+    one = section(columns=("b",))
+    found = check_data(one)
     assert found == {"name": "eeg", "columns": ["b"], "train": 480, "val": 160, "test": 160}
-    assert found_text(found) == "found: 1 columns (b); 480 rows to train on, 160 to validate, 160 to test"
+    assert found_text(one, found) == "found: 1 columns (b); 480 rows to train on, 160 to validate, 160 to test"
 
 
 def test_the_hubs_copy_is_found_in_its_cache(tmp_path: Path, hub_home: Path) -> None:
