@@ -21,7 +21,8 @@ class Preset:
 
 
 _SD_ATTENTION = ("attn{1,2}.to_{q,k,v}", "attn{1,2}.to_out.0")
-_DEBERTA_LAYER = "encoder.layer.*."
+_ENCODER_LAYER = "encoder.layer.*."
+_ENCODER_DENSE = ("attention.output.dense", "intermediate.dense", "output.dense")
 # Two-dimensional weights that are looked up, not multiplied, by the last component of the layer's name.
 _EMBEDDINGS = (
     "{embed,embeddings,embed_tokens,embed_positions,embed_in,tok_embeddings,wte,wpe,shared,relative_attention_bias}",
@@ -43,11 +44,30 @@ PRESETS: dict[str, Preset] = {
     "llama-qv": Preset(
         "q and v of LLaMA-like language models (64 layers of LLaMA-2-7B)", ("self_attn.q_proj", "self_attn.v_proj")
     ),
+    "llama-all": Preset(
+        "every Linear in the blocks of LLaMA, Mistral, Qwen and their like (224 layers of LLaMA-2-7B)",
+        ("self_attn.{q,k,v,o}_proj", "mlp.{gate,up,down}_proj"),
+    ),
+    "gpt2-all": Preset(
+        "every Conv1D in the blocks of GPT-2 (48 layers of the small one)",
+        ("h.*.attn.c_attn", "h.*.attn.c_proj", "h.*.mlp.c_fc", "h.*.mlp.c_proj"),
+    ),
+    "t5-all": Preset(
+        "every Linear in the blocks of T5, encoder and decoder (192 layers of T5-base)",
+        ("block.*.layer.*.{Self,EncDec}Attention.{q,k,v,o}", "block.*.layer.*.DenseReluDense.w{i,o}{,_0,_1}"),
+    ),
+    "bert-all": Preset(
+        "every Linear in the encoder of BERT and RoBERTa (72 layers of the base size)",
+        (
+            _ENCODER_LAYER + "attention.self.{query,key,value}",
+            *(_ENCODER_LAYER + part for part in _ENCODER_DENSE),
+        ),
+    ),
     "deberta-all": Preset(
         "every Linear of a DeBERTa encoder (72 layers of DeBERTaV3-base)",
         (
-            _DEBERTA_LAYER + "attention.self.{query,key,value}_proj",
-            *(_DEBERTA_LAYER + part for part in ("attention.output.dense", "intermediate.dense", "output.dense")),
+            _ENCODER_LAYER + "attention.self.{query,key,value}_proj",
+            *(_ENCODER_LAYER + part for part in _ENCODER_DENSE),
         ),
     ),
     "all-linear": Preset(

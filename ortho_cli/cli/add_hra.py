@@ -56,7 +56,7 @@ def add_hra(
             metavar="PATTERN|PRESET",
             autocompletion=presets,
             rich_help_panel=TARGETS,
-            help="Globs or a preset: sd15-control, sd15-attention, llama-qv, deberta-all, all-linear.",
+            help="Globs or a preset: sd15-control, sd15-attention, llama-qv, llama-all, bert-all, deberta-all, ...",
         ),
     ] = None,
     exclude: Annotated[

@@ -44,7 +44,8 @@ def add_adapter(
         exclude: patterns of layers to leave alone.
         side: "input", or "output" for :math:`D^\top W`.
         gram_schmidt: keep the reflections orthonormal; starts at the identity behind a frozen copy of its start.
-        start: "reflection": without that copy, the paper's form, which is not the identity.
+        start: "reflection": without that copy, the paper's form, which is not the identity; "soft": with `eps`, the
+            short columns that the LLaMA code starts from, in no pairs, so that the rank may be odd.
         eps: above 0, the soft reflections of the authors' LLaMA code.
         seed: of the start; a layer's depends on its name only, and is what `ortho add-hra` writes.
 
@@ -89,8 +90,8 @@ def insert_hra(
     seed: int = 0,
 ) -> list[str]:
     """What `add_adapter` does; gives the names of the layers."""
-    if start not in ("identity", "reflection") or (start == "reflection" and not gram_schmidt):
-        raise ValueError(f"start {start!r}: 'identity', or for gram_schmidt 'reflection'")
+    if not {"identity": True, "reflection": gram_schmidt, "soft": eps > 0}.get(start, False):
+        raise ValueError(f"start {start!r}: 'identity', for gram_schmidt 'reflection', with eps 'soft'")
     layers = named_layers(model)
     chosen = choose(model, targets, exclude)
 
@@ -98,7 +99,7 @@ def insert_hra(
         shape = geometry(base)
         vectors = initial_vectors(
             shape.width if side == "input" else shape.out, rank,
-            seed=seed, name=_start_name(layers, name), gram_schmidt=gram_schmidt,
+            seed=seed, name=_start_name(layers, name), gram_schmidt=gram_schmidt, soft=eps if start == "soft" else None,
         )  # fmt: skip
         frozen = vectors if gram_schmidt and start == "identity" else None
         return HRALayer(base, vectors, side=side, span=gram_schmidt, start=frozen, eps=eps)

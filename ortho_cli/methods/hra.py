@@ -80,7 +80,8 @@ class HRAMethod(Method):
         config: HRA = self.config
         return insert_hra(
             model, config.rank, config.targets, exclude=config.exclude, side=config.side,
-            gram_schmidt=config.gram_schmidt, start=config.start, eps=config.eps, seed=context.seed,
+            gram_schmidt=config.gram_schmidt, start="soft" if config.compat == "llama" else config.start,
+            eps=config.eps, seed=context.seed,
         )  # fmt: skip
 
     def _settings(self) -> dict[str, Any]:

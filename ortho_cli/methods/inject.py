@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ortho_cli.checkpoints import layouts, targets
 from ortho_cli.errors import OrthoError, TargetError
-from ortho_cli.linalg.starts import orthonormal_start, paired_start
+from ortho_cli.linalg.starts import orthonormal_start, paired_start, soft_start
 
 from .adapter_layer import AdapterLayer, adapter_layers, base_of, geometry
 from .families import automatic_patterns
@@ -216,15 +216,20 @@ def own_head(model: nn.Module) -> list[str]:
     return list(getattr(model, "task_head", ()))
 
 
-def initial_vectors(width: int, rank: int, *, seed: int, name: str, gram_schmidt: bool = False) -> Tensor:
+def initial_vectors(
+    width: int, rank: int, *, seed: int, name: str, gram_schmidt: bool = False, soft: float | None = None
+) -> Tensor:
     """Start vectors `(width, rank)` of a layer, from the seed and the layer's name without pipeline and layout.
 
-    Those that `ortho add-hra` writes for the same seed: whoever draws them, in whatever order.
+    Those that `ortho add-hra` writes for the same seed: whoever draws them, in whatever order. `soft` is the eps of
+    the soft form that starts short instead of in pairs.
 
     Raises:
         TargetError: a rank above the width; an odd one, unless for Gram-Schmidt.
     """
     generator = torch.Generator().manual_seed(layer_seed(seed, name))
+    if soft is not None:
+        return soft_start(width, rank, soft, generator)
     return (orthonormal_start if gram_schmidt else paired_start)(width, rank, generator=generator)
 
 

@@ -50,7 +50,12 @@ def test_sd15_control_is_what_the_authors_adapt_in_file_order() -> None:
 
 @pytest.mark.parametrize(
     ("preset", "layers", "count", "added"),
-    [("deberta-all", deberta(), 72, 663_552), ("llama-qv", llama(), 64, 2_097_152)],
+    [
+        ("deberta-all", deberta(), 72, 663_552),
+        ("llama-qv", llama(), 64, 2_097_152),
+        ("llama-all", llama(), 224, 8 * 32 * (6 * 4096 + 11008)),
+        ("bert-all", minilm(), 36, 8 * 6 * (5 * 384 + 1536)),
+    ],
 )
 def test_language_models(preset: str, layers: Shapes, count: int, added: int) -> None:
     chosen = select([preset], layers, "plain").layers
@@ -103,7 +108,10 @@ def test_defaults(layers: list[str], layout: str, preset: str | None) -> None:
 
 
 def test_each_has_a_line_of_help() -> None:
-    assert list(PRESETS) == ["sd15-control", "sd15-attention", "llama-qv", "deberta-all", "all-linear"]
+    assert list(PRESETS) == [
+        "sd15-control", "sd15-attention", "llama-qv", "llama-all", "gpt2-all", "t5-all", "bert-all", "deberta-all",
+        "all-linear",
+    ]  # fmt: skip
     assert all(20 < len(preset.description) < 120 for preset in PRESETS.values())
 
 
