@@ -34,6 +34,11 @@ DATASETS = {
     "cifar100": "uoft-cs/cifar100",
     "tiny-imagenet": "zh-plus/tiny-imagenet",
     "imagenet": "ILSVRC/imagenet-1k",
+    "dsprites": "eurecom-ds/dsprites",
+    "celeba": "flwrlabs/celeba",
+    "lsun-church": "tglcourse/lsun_church_train",
+    "ffhq": "merkol/ffhq-256",
+    "anime-faces": "DrishtiSharma/Anime-Face-Dataset",
     **dict.fromkeys(("etth1", "etth2", "ettm1", "ettm2"), "AutonLab/Timeseries-PILE"),
 }
 FACTORED = "factors"  # in what methods with factors export

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import base64
 import html
+import io
 import itertools
 import json
 from importlib import resources
 from typing import TYPE_CHECKING, Any
 
 from ortho_cli import __version__
+from ortho_cli.errors import CheckpointError
 
 from .figure import Bars, Curves, Figure, Heatmap
 from .plotly_figure import to_plotly
+from .report import Code, Picture
 from .style import FONT, INK, SCALES
 from .table import Table
 
@@ -22,6 +26,7 @@ __all__ = ["page"]
 
 # The browser refuses what would leave the page, whatever a library or a name in a run may try.
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+MOST_PIXELS = 1024  # of a picture's longer side in the page; the file keeps what it has
 LARGE = 16  # rows or columns of a heatmap that has the whole width
 
 
@@ -36,9 +41,9 @@ def page(report: Report) -> str:
         body.append(f'<ul class="facts">{"".join(facts)}</ul>')
     for title, parts in report.sections:
         body.append(f"<h2>{html.escape(title)}</h2>")
-        for is_figure, group in itertools.groupby(parts, lambda part: isinstance(part, (Curves, Heatmap, Bars))):
+        for flows, group in itertools.groupby(parts, lambda part: not isinstance(part, (str, Table, Code))):
             cards = [_card(part) for part in group]
-            body += [f'<div class="figures">{"".join(cards)}</div>'] if is_figure else cards
+            body += [f'<div class="figures">{"".join(cards)}</div>'] if flows else cards
     body.append(f"<footer>Made by ortho {__version__}.</footer>")
     drawn = any(isinstance(part, (Curves, Heatmap, Bars)) for part in report.parts())
     return "\n".join((
@@ -63,6 +68,8 @@ def _card(part: Part) -> str:
     if isinstance(part, (Curves, Heatmap, Bars)):
         large = isinstance(part, Heatmap) and not part.ends and max(len(part.rows), len(part.columns)) > LARGE
         return _framed(part.title, _plot(part), part.note, "card full" if large else "card")
+    if isinstance(part, Picture):
+        return _framed(part.title, _image(part), "")
     code = f"<pre>{html.escape(part.text)}</pre>"
     if part.summary is not None:
         code = f"<details><summary>{html.escape(part.summary)}</summary>{code}</details>"
@@ -80,6 +87,25 @@ def _plot(figure: Figure) -> str:
     style = f"min-height:{made['meta']['height']}px"  # so that nothing moves when the figure comes
     label = html.escape(figure.title)
     return f'{_data(made)}<div class="plot" style="{style}" role="img" aria-label="{label}"></div>'
+
+
+def _image(picture: Picture) -> str:
+    """The picture itself, small enough for a page of several.
+
+    Raises:
+        CheckpointError: the file holds none.
+    """
+    from PIL import Image
+
+    file = io.BytesIO()
+    try:
+        with Image.open(picture.path) as opened:
+            opened.thumbnail((MOST_PIXELS, MOST_PIXELS))
+            opened.save(file, format="PNG", optimize=True)
+    except OSError as error:
+        raise CheckpointError(f"no picture: {str(error)[:120]}", where=str(picture.path)) from error
+    content = base64.b64encode(file.getvalue()).decode("ascii")
+    return f'<img alt="{html.escape(picture.title)}" src="data:image/png;base64,{content}">'
 
 
 def _scripts() -> str:

@@ -21,7 +21,7 @@ from .figure import Bars, Curves, Figure, Heatmap
 from .matplotlib_figure import PICTURE_FORMATS, draw
 from .table import Table
 
-__all__ = ["FORMATS", "Code", "Fact", "Part", "Report", "parse_formats"]
+__all__ = ["FORMATS", "Code", "Fact", "Part", "Picture", "Report", "parse_formats"]
 
 FORMATS = ("html", *PICTURE_FORMATS, "csv", "json")
 FIGURES = "figures"  # the folder of the pictures
@@ -43,8 +43,16 @@ class Fact:
     label: str
 
 
-Part = str | Table | Code | Figure
-"""A paragraph, a table, text to copy, or a figure."""
+@dataclass(frozen=True)
+class Picture:
+    """A picture in a file, made by whatever the report is about."""
+
+    path: Path
+    title: str
+
+
+Part = str | Table | Code | Figure | Picture
+"""A paragraph, a table, text to copy, a figure, or a picture."""
 
 
 @dataclass
@@ -55,7 +63,7 @@ class Report:
         title: of the page.
         subtitle: one line below it.
         facts: large numbers at the top.
-        sections: titles with their parts; figures that follow each other share rows on a wide screen.
+        sections: titles with their parts; figures and pictures that follow each other share rows on a wide screen.
         name: of the page's file.
         further: tables that are written as CSV, but not shown.
         data: what programs read, as JSON.

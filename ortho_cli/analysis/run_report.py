@@ -12,15 +12,17 @@ from .figure import Curves, Line
 from .metric_names import is_share, metric_title, metric_value, slug, tail
 from .model_card import CARD, card_text
 from .recipe_text import public_recipe, recipe_line
-from .report import Code, Fact, Part, Report
+from .report import Code, Fact, Part, Picture, Report
 from .run_folder import Run, open_run
 from .run_results import results_table
 from .table import Table
 
 __all__ = ["run_report", "write_run_report"]
 
+SAMPLES = "samples/step-*[0-9]/samples.png"
 ALONE = ("lr", "gradient_norm")  # not of the task: in pictures of their own
 MAX_FACTS = 3  # metrics among the large numbers
+MAX_SAMPLES = 6  # steps whose samples are shown
 
 
 def write_run_report(folder: Path) -> list[Path]:
@@ -56,6 +58,7 @@ def run_report(run: Run) -> Report:
     else:
         facts.append(Fact(f"{run.step:,}", "steps so far: the run is not finished"))
     report = Report(run.title, recipe_line(run.recipe), tuple(facts))
+    report.section("Samples", _samples(run))
     report.section("Training", _training(run))
     report.section("Conditioning", conditioning_parts(run))
     report.section("Methods", _methods(run))
@@ -95,6 +98,15 @@ def _training(run: Run) -> Iterator[Part]:
     for key in ALONE:
         if f"train/{key}" in run.metrics:
             yield curves(run, key, [f"train/{key}"])
+
+
+def _samples(run: Run) -> Iterator[Part]:
+    """What the model made, at some steps from the first to the last."""
+    found = sorted((int(path.parent.name.removeprefix("step-")), path) for path in run.folder.glob(SAMPLES))
+    count = min(len(found), MAX_SAMPLES)
+    for place in range(count):
+        step, path = found[place * (len(found) - 1) // max(1, count - 1)]
+        yield Picture(path, f"Step {step:,}")
 
 
 def curves(run: Run, quantity: str, names: list[str]) -> Curves:

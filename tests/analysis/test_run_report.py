@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
+from PIL import Image
 from run_folders import real_run, written_run
 from typer.testing import CliRunner
 
@@ -53,6 +57,26 @@ def test_everything_measured_is_shown(gor: Path) -> None:
             assert (line.x, line.y) == (run.metrics[metric].steps, run.metrics[metric].values)
     best = max(run.metrics["eval/accuracy"].values)
     assert [line.mark[1] for line in shown["accuracy"].lines if line.mark] == [best]
+
+
+def test_what_the_model_made_is_shown_over_the_steps(tmp_path: Path) -> None:
+    run = written_run(tmp_path / "run", {"train/loss": [(100, 0.5)]})
+    for step in range(1, 10):
+        folder = run / "samples" / f"step-{step * 1000:06d}"
+        folder.mkdir(parents=True)
+        side = 2000 if step == 9 else 20
+        Image.fromarray(np.full((side, side), step, np.uint8)).save(folder / "samples.png")
+    (run / "samples" / ".step-009000.partial-1").mkdir()
+    text = run_report(open_run(run)).html()
+    assert re.findall(r"<h3>(Step [0-9,]+)</h3>", text) == [f"Step {step},000" for step in (1, 2, 4, 5, 7, 9)]
+    found = re.findall(r'alt="Step [^"]*" src="data:image/png;base64,([^"]+)"', text)
+    shown = [Image.open(io.BytesIO(base64.b64decode(each))) for each in found]
+    assert [(picture.size, picture.getextrema()) for picture in shown] == [
+        *(((20, 20), (step, step)) for step in (1, 2, 4, 5, 7)), ((1024, 1024), (9, 9)),
+    ]  # fmt: skip
+    (run / "samples" / "step-001000" / "samples.png").write_text("no picture")
+    with pytest.raises(CheckpointError, match="no picture"):
+        run_report(open_run(run)).html()
 
 
 def test_the_card_is_one_that_the_hub_reads(gor: Path) -> None:
