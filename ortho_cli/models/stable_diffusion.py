@@ -77,7 +77,8 @@ class StableDiffusion(nn.Module):
     def gradient_checkpointing_enable(self) -> None:
         """Let UNet and text encoder recompute their activations in backward."""
         self.unet.enable_gradient_checkpointing()
-        self.text_encoder.gradient_checkpointing_enable()
+        new: Any = getattr(self.text_encoder, "activation_checkpointing_enable", None)  # from transformers 5 on
+        (new or self.text_encoder.gradient_checkpointing_enable)()
 
     def forward(self, noisy: Tensor, timesteps: Tensor, text: Tensor, hint: Tensor | None = None) -> Tensor:
         if not text.is_floating_point():
