@@ -58,6 +58,7 @@ class _Inception:
                 f"the weights of Inception are not there: {str(error)[:120]}",
                 'python -c "from torchmetrics.image.fid import FrechetInceptionDistance as F; F()", with a network',
             ) from error
+        self.model.use_antialias = False  # published numbers are of TensorFlow's resizing, as torch-fidelity has it
 
     def __call__(self, pictures: Tensor) -> Tensor:
         if pictures.is_floating_point():
