@@ -16,7 +16,7 @@ from ortho_cli.errors import TargetError
 from ortho_cli.linalg.group import bucket_penalty, buckets, count_groups, filter_rows, group_penalty
 
 from .adapter_layer import whole
-from .gor_layers import GroupedLayer, select_layers
+from .gor_layers import AUTO, DECODER_UP, GroupedLayer, default_targets, select_layers
 from .method import Context, Method
 from .sharded import accumulate
 
@@ -154,7 +154,24 @@ class GORMethod(Method):
             TargetError: the targets choose nothing that trains.
         """
         config: GOR = self.config
-        self.layers, self.notes, self._skipped = select_layers(model, config.targets, config.groups, config.min_filters)
+        targets = self._targets(model)
+        self.layers, self.notes, self._skipped = select_layers(model, targets, config.groups, config.min_filters)
+        if targets == DECODER_UP:
+            self.notes.append("decoder-up: the outer factors of the LoRA on the UNet's decoder")
+
+    def chosen(self, model: nn.Module) -> dict[str, list[str]]:
+        """The layers that each target means, for a dry run."""
+        targets = self._targets(model)
+        return {
+            target: [
+                layer.name for layer in select_layers(model, target, self.config.groups, self.config.min_filters)[0]
+            ]
+            for target in ([targets] if isinstance(targets, str) else targets)
+        }
+
+    def _targets(self, model: nn.Module) -> str | tuple[str, ...]:
+        config: GOR = self.config
+        return default_targets(model) if config.targets == AUTO else config.targets
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """None of its own; asked once all methods have had their way with the model, so the place to look again.

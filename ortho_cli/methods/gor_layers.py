@@ -1,5 +1,7 @@
 """Which weights of a model GOR regularises, by kind or by pattern; what it leaves alone is said with the reason.
 
+`decoder-up` is the paper's choice for a diffusion UNet with a LoRA: the outer factors in its decoder, by the names that
+diffusers, PEFT and kohya give them.
 A pattern is a glob over module names as everywhere in ortho, or `re:EXPRESSION`, searched as the paper's script does.
 One that chooses no convolution or linear layer is tried on the names of other parameters of two and more dimensions,
 so that factors of adapters (`re:lora_(B|up)`) can be regularised wherever they are kept.
@@ -19,9 +21,11 @@ from ortho_cli.checkpoints.globs import compile_glob
 from ortho_cli.errors import TargetError, UsageError
 from ortho_cli.linalg.group import count_groups, filter_rows, rows_to_weight
 
-__all__ = ["KINDS", "GroupedLayer", "select_layers"]
+__all__ = ["AUTO", "DECODER_UP", "KINDS", "GroupedLayer", "default_targets", "select_layers"]
 
 KINDS = ("conv", "linear", "all")
+AUTO, DECODER_UP = "auto", "decoder-up"
+DECODER_UP_PATTERN = r"re:up_blocks[._].*lora_(B|up)(\.|$)"
 TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, *TRANSPOSED)
 REGEX = "re:"
@@ -95,7 +99,8 @@ def select_layers(
     if isinstance(targets, str) and targets in KINDS:
         chosen = {targets: [layer for layer in layers if targets in (layer.kind, "all")]}
     else:
-        patterns = [targets] if isinstance(targets, str) else targets
+        patterns = [targets] if isinstance(targets, str) else list(targets)
+        patterns = [DECODER_UP_PATTERN if pattern == DECODER_UP else pattern for pattern in patterns]
         chosen = {pattern: _matched(pattern, candidates) for pattern in patterns}
     for target, found in chosen.items():
         if all(_obstacle(layer, min_filters) for layer in found):
@@ -135,6 +140,17 @@ def _candidates(model: nn.Module, groups: int, min_filters: int) -> Iterator[Gro
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.dim() >= 2 and parameter.shape[0] > 0:
                     yield grouped(f"{path}.{name}" if path else name, "parameter", module, name, 0)
+
+
+def default_targets(model: nn.Module) -> str:
+    """What to regularise where nobody says: convolutions, or `decoder-up` where there is such a LoRA that trains.
+
+    >>> default_targets(nn.Sequential(nn.Conv2d(3, 8, 3)))
+    'conv'
+    """
+    matches = _matcher(DECODER_UP_PATTERN)
+    trained = any(each.requires_grad and matches(name) for name, each in model.named_parameters())
+    return DECODER_UP if trained else "conv"
 
 
 def _filters(shape: tuple[int, ...], transposed: int) -> int:

@@ -20,6 +20,7 @@ from .inject import choose, freeze, inner_model, own_head, set_biases, train_mod
 from .load import attach
 from .method import Context, Method
 from .orthogonality import reflection_details, reflection_summary, vectors_penalty
+from .rates import rate_groups
 
 if TYPE_CHECKING:
     from ortho_cli.recipe.methods import HRA
@@ -98,9 +99,8 @@ class HRAMethod(Method):
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """The vectors, where they have a learning rate of their own."""
-        if self.config.lr is None:
-            return []
-        return [{"params": [layer.vectors for layer in self.layers.values()], "lr": self.config.lr}]
+        layers = {name: [layer.vectors] for name, layer in self.layers.items()}
+        return rate_groups(layers, self.config.lr, self.config.rates)
 
     def penalty(self, model: nn.Module, batch: dict[str, Tensor], outputs: Any, phase: str) -> Tensor | None:
         """Lambda times the distance from orthogonal reflections; nothing for Gram-Schmidt, which keeps it at zero."""

@@ -19,6 +19,7 @@ from .inject import choose, inner_model, own_head, train_modules
 from .load import attach
 from .lora_layer import LoRALayer
 from .method import Context, Method
+from .rates import rate_groups
 
 if TYPE_CHECKING:
     from ortho_cli.recipe.methods import LoRA
@@ -77,10 +78,8 @@ class LoRAMethod(Method):
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """The factors, where they have a learning rate of their own."""
-        if self.config.lr is None:
-            return []
-        parameters = [parameter for layer in self.layers.values() for parameter in layer.adapter_parameters()]
-        return [{"params": parameters, "lr": self.config.lr}]
+        layers = {name: layer.adapter_parameters() for name, layer in self.layers.items()}
+        return rate_groups(layers, self.config.lr, self.config.rates)
 
     def export(self, model: nn.Module, path: Path) -> None:
         """Write the adapter folder."""

@@ -53,6 +53,9 @@ class _Adapter(MethodSection):
         default=None, description="An adapter to go on with; what shapes it (rank, targets ...) is then its own."
     )
     lr: OwnRate = None
+    rates: dict[Text, Positive] = Field(
+        default={}, description="Learning rates at the peak by pattern of layers, e.g. {text_encoder.**: 1e-5}."
+    )
     modules_to_save: Patterns = Field(
         default=(), description="Patterns of modules that train too and are saved whole, e.g. a new head."
     )
@@ -132,8 +135,10 @@ class GOR(MethodSection):
     groups: Count = Field(default=32, description="Groups a layer at most; 1 is full soft orthogonality.")
     min_filters: Count = Field(default=4, description="Filters a group at least, which limits the groups.")
     penalty: NotNegative = Field(default=1e-2, description="Weight of the penalty (lambda).")
-    targets: Literal["conv", "linear", "all"] | Annotated[Patterns, Field(min_length=1)] = Field(
-        default="conv", description="Which layers: a kind, or patterns of their names."
+    targets: Literal["auto", "conv", "linear", "all", "decoder-up"] | Annotated[Patterns, Field(min_length=1)] = Field(
+        default="auto",
+        description="Which layers: a kind, or patterns of their names; decoder-up: the outer factors of a LoRA in a "
+        "UNet's decoder; auto: these where there are any, else conv.",
     )
     normalize: bool = Field(default=False, description="The scale-free variant: filters are compared at length 1.")
 

@@ -95,15 +95,23 @@ def bucket_batches(
 def eval_batches(buckets: Sequence[int], batch: int, rank: int = 0, world: int = 1) -> tuple[Tensor, list[Part]]:
     """The order of an evaluation, and one rank's parts: every sample once over all ranks, each batch of one bucket.
 
+    All ranks have as many parts, since they work in step. One that is too small for all of them is seen by some ranks
+    again: such a part lies behind the samples, from `len(buckets)` on, and is not to be counted.
+
     >>> order, parts = eval_batches([0, 1, 0, 0], 2)
     >>> [sorted(order[a:b].tolist()) for a, b in parts]
     [[0], [2, 3], [1]]
     """
     places: list[int] = []
+    again: list[int] = []
     parts: list[Part] = []
     for number in sorted(set(buckets)):
         members = [place for place, bucket in enumerate(buckets) if bucket == number]
-        own = eval_parts(len(members), batch, rank, world)
-        parts += [(len(places) + start, len(places) + stop) for start, stop in own if stop > start]
+        for start, stop in eval_parts(len(members), batch, rank, world):
+            if stop > start:
+                parts.append((len(places) + start, len(places) + stop))
+            else:
+                parts.append((len(buckets) + len(again), len(buckets) + len(again) + 1))
+                again.append(members[0])
         places += members
-    return torch.tensor(places, dtype=torch.long), parts
+    return torch.tensor(places + again, dtype=torch.long), parts

@@ -111,7 +111,7 @@ class TextToImageTask(Task):
             found = load_batches(samples, order, parts[skip:], epoch, workers)
         else:  # most of them need no picture, so none is opened ahead of time
             found = ({"index": order[start:stop]} for start, stop in parts[skip:])
-        for each in found:
+        for each, (_, stop) in zip(found, parts[skip:], strict=True):
             index = each["index"]
             width, height = samples.shape(int(index[0]))
             latents = (
@@ -122,7 +122,8 @@ class TextToImageTask(Task):
             drawn = diffusion_draws(seed, epoch, index, latents, steps, offset=offset)
             tokens = {"tokens": self.model.tokens(samples.captions(epoch, index))}
             kept = {} if self.data.cache is None else self._kept(samples, epoch, index, tokens["tokens"])
-            yield {**each, **drawn, **({} if "text" in kept else tokens), **kept}
+            counted = {} if training else {"counted": torch.full((len(index),), float(stop <= len(samples)))}
+            yield {**each, **drawn, **counted, **({} if "text" in kept else tokens), **kept}
 
     def _kept(self, samples: CaptionSamples, epoch: int, index: Tensor, tokens: Tensor) -> Batch:
         """Moments of latents, and the text's embeddings where their encoder is frozen: from the cache, or into it.
@@ -180,8 +181,8 @@ class TextToImageTask(Task):
         model.eval()
         sums = torch.zeros(2, dtype=torch.float64)
         for batch in batches:
-            errors = noise_loss(*self._predicted(model, batch))
-            sums += torch.tensor([errors.double().sum().item(), len(errors)], dtype=torch.float64)
+            errors = noise_loss(*self._predicted(model, batch), batch["counted"]).double()
+            sums += torch.stack([errors.sum(), batch["counted"].double().sum()]).cpu()
         model.train(was_training)
         if not len(self.dataset("eval")):
             return {}

@@ -11,14 +11,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ortho_cli import registry
 from ortho_cli.errors import RecipeError, UsageError
-from ortho_cli.methods.gor_layers import select_layers
 from ortho_cli.methods.inject import choose
 from ortho_cli.methods.method import Context
 
 from .base import gone_base
 from .optimizers import build_optimizer, parameter_groups
 from .recompute import recompute_activations
-from .session import check_best
+from .session import check_best, shrink_frozen
 
 __all__ = ["describe"]
 
@@ -59,6 +58,7 @@ def describe(recipe: Any) -> dict[str, Any]:
             added = {name: each for name, each in model.named_parameters() if id(each) not in held}
             details += _details(config.name, chosen, added)
             methods.append(method)
+        shrink_frozen(model, getattr(recipe.model, "frozen", "fp32"))
         memory = _memory(recipe, task, model, methods)
     if "activations" not in memory:
         notes.append("memory: without activations, which this task cannot tell beforehand")
@@ -84,11 +84,6 @@ def _chosen(config: Any, model: nn.Module) -> dict[str, list[str]]:
     if targets is None or getattr(config, "adapter", None) is not None:
         return {}
     patterns = [targets] if isinstance(targets, str) else list(targets)
-    if config.name == "gor":
-        return {
-            pattern: [layer.name for layer in select_layers(model, pattern, config.groups, config.min_filters)[0]]
-            for pattern in patterns
-        }
     return {pattern: choose(model, [pattern], config.exclude) for pattern in patterns}
 
 

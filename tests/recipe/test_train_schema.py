@@ -53,15 +53,15 @@ DATA_SETS = ["digits", "mnist", "cifar10", "cifar100", "tiny-imagenet", "imagene
 METHODS: dict[str, dict[str, Any]] = {
     "hra": {
         "rank": 8, "targets": "auto", "exclude": [], "side": "input", "gram_schmidt": False, "start": "identity",
-        "penalty": 0.0, "penalty_form": "squared", "bias": "none", "adapter": None, "eps": 0.0, "lr": None,
+        "penalty": 0.0, "penalty_form": "squared", "bias": "none", "adapter": None, "eps": 0.0, "lr": None, "rates": {},
         "modules_to_save": [],
     },
     "lora": {
         "rank": 8, "alpha": None, "rslora": False, "targets": "auto", "exclude": [], "dropout": 0.0, "adapter": None,
-        "lr": None, "modules_to_save": [],
+        "lr": None, "rates": {}, "modules_to_save": [],
     },
     "gor": {
-        "mode": "inter", "groups": 32, "min_filters": 4, "penalty": 0.01, "targets": "conv", "normalize": False,
+        "mode": "inter", "groups": 32, "min_filters": 4, "penalty": 0.01, "targets": "auto", "normalize": False,
     },
     "peft": {"config": {"peft_type": "OFT"}},
     "factorized": {

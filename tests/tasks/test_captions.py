@@ -172,6 +172,13 @@ def test_buckets_keep_shapes_apart(tmp_path: Path) -> None:
     assert found.fetch(0, alone[: ranges[0][1]])["image"].dim() == 4
     order, ranges = eval_batches(found.buckets, 4)
     assert sorted(place for start, stop in ranges for place in order[start:stop].tolist()) == list(range(9))
+    ranks = [eval_batches(found.buckets, 2, rank, 4) for rank in range(4)]
+    assert len({len(ranges) for _, ranges in ranks}) == 1  # processes work in step
+    counted = [
+        place for order, ranges in ranks for start, stop in ranges if stop <= 9 for place in order[start:stop].tolist()
+    ]
+    assert sorted(counted) == list(range(9))
+    assert all(stop > start for _, ranges in ranks for start, stop in ranges)
     with pytest.raises(RecipeError, match="a batch of 6 is more than the 5"):
         bucket_batches(found.buckets, 6, 0, 0)
 
