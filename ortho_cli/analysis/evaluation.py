@@ -54,6 +54,7 @@ class Judge(Generic[Outputs]):
         metrics: by name.
         parts: figures and tables.
         data: what `evaluation.json` holds beyond the metrics.
+        texts: further files, by name.
     """
 
     own: tuple[str, ...]
@@ -62,6 +63,7 @@ class Judge(Generic[Outputs]):
     metrics: Mapping[str, Metric[Outputs]]
     parts: Callable[[Outputs], Iterable[Part]]
     data: Callable[[Outputs], dict[str, Any]]
+    texts: Callable[[Outputs], dict[str, str]] = lambda outputs: {}
 
 
 @dataclass(frozen=True)
@@ -104,6 +106,7 @@ class Evaluation:
         notes: what the numbers rest on.
         parts: figures and tables.
         data: what a program gets beyond the metrics.
+        texts: further files of the report, by name.
     """
 
     title: str
@@ -115,6 +118,7 @@ class Evaluation:
     notes: list[str] = field(default_factory=list)
     parts: list[Part] = field(default_factory=list)
     data: dict[str, Any] = field(default_factory=dict)
+    texts: dict[str, str] = field(default_factory=dict)
 
 
 def measure(
@@ -147,7 +151,7 @@ def evaluation_report(evaluation: Evaluation) -> Report:
     said = [*evaluation.notes, *map(str, evaluation.skipped)]
     report.section("Metrics", [metric_table(evaluation), *changed, *said])
     report.section("In detail", evaluation.parts)
-    report.data = evaluation_data(evaluation)
+    report.data, report.texts = evaluation_data(evaluation), dict(evaluation.texts)
     return report
 
 

@@ -15,7 +15,7 @@ from .report import FIGURES, FORMATS, Report
 __all__ = ["check_folder", "write_folder"]
 
 NEEDED = 16 * 2**20  # bytes; most of it is plotly, five megabytes a page
-OURS = {f".{kind}" for kind in (*FORMATS, "md")}
+OURS = {f".{kind}" for kind in (*FORMATS, "md", "jsonl")}
 
 
 def check_folder(folder: Path, inputs: Iterable[Path], mark: str, *, force: bool) -> None:

@@ -24,7 +24,7 @@ from ortho_cli.recipe.train import TrainRecipe, load_train
 __all__ = ["Run", "Series", "find_runs", "is_run", "open_run", "read_lines"]
 
 COUNTERS = ("step", "epoch", "samples", "time")  # of a line; everything else in it was measured
-PRUNED = {"checkpoints", "export", "figures"}  # folders of a run, and no place for runs
+PRUNED = {"checkpoints", "export", "figures", "items"}  # folders of a run, and no place for runs
 
 
 @dataclass(frozen=True)

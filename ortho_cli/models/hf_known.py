@@ -20,5 +20,14 @@ KNOWN: dict[str, dict[str, Any]] = {
         "model_type": "bert", "hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12,
         "intermediate_size": 1536, "vocab_size": 30_522,
     },
+    "meta-llama/Llama-2-7b-hf": {
+        "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "intermediate_size": 11_008, "vocab_size": 32_000, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
+    },
+    "meta-llama/Llama-3.2-3B": {
+        "model_type": "llama", "hidden_size": 3072, "num_hidden_layers": 28, "num_attention_heads": 24,
+        "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 8192, "vocab_size": 128_256,
+        "max_position_embeddings": 131_072, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
+    },
 }  # fmt: skip
 """By hub id."""

@@ -52,9 +52,6 @@ class Instruct(Section):
     new_tokens: Count = Field(default=512, description="Tokens that an answer has at most.")
     lead_in: str = Field(default="", description="What follows the template when answers are asked for.")
     stop: tuple[Text, ...] = Field(default=(), description="Texts at which an answer ends.")
-    engine: Literal["transformers", "vllm"] = Field(
-        default="transformers", description="What generates answers; vllm takes the merged model."
-    )
     compat: Literal["llama"] | None = Field(
         default=None,
         description="llama: also report accuracy_lenient, by the graders of HRA's LLaMA experiments, errors and all.",

@@ -1,23 +1,16 @@
-"""Greedy answers to prompts, in batches, by a model in memory (transformers) or by vLLM from a merged copy on disk."""
+"""Greedy answers to prompts, in batches."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ortho_cli.errors import RecipeError
 
-__all__ = ["Generate", "bare_model", "greedy_answers", "left_padded"]
-
-
-class Generate(Protocol):
-    """What answers prompts."""
-
-    def __call__(self, prompts: Sequence[str]) -> list[str]:
-        """The texts that follow, without the prompts and without special tokens."""
+__all__ = ["bare_model", "greedy_answers", "left_padded"]
 
 
 def bare_model(model: nn.Module) -> Any:

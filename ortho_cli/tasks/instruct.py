@@ -17,7 +17,7 @@ from ortho_cli import registry
 from .answer_items import Item, ItemLog
 from .answers import final_answer, plain, same_answer
 from .batching import shuffled
-from .generation import Generate, bare_model, greedy_answers
+from .generation import bare_model, greedy_answers
 from .image_specs import Split
 from .instruct_data import Pairs, load_pairs
 from .lenient_answers import lenient_gsm8k, lenient_math
@@ -79,7 +79,7 @@ class InstructTask(Task):
                 self.pairs(split), tokenizer, config.template, config.max_length, learn_all=config.loss_on == "all"
             )
             row = config.max_length if config.pack and split == "train" else None
-            self._splits[split] = TokenRows(samples, tokenizer.pad_token_id, row)
+            self._splits[split] = TokenRows(samples, tokenizer.pad_token_id, row, indexed=split == "eval")
         return self._splits[split]
 
     def size(self, split: Split) -> int:
@@ -124,20 +124,20 @@ class InstructTask(Task):
         model.eval()
         if self.log.path is None:  # of an earlier state of the model
             self.log = ItemLog()
-        log, generate = self.log, self._generator(model)
+        log, asks = self.log, self.config.grader != "none"
         sums = torch.zeros(6, dtype=torch.float64)
         for batch in batches:
             if not len(batch["input_ids"]):
                 continue
             labels = batch["labels"]
             sums = sums.to(labels.device)
-            sums[0] += _loss_sum(model(batch["input_ids"]), labels).double()
+            sums[0] += _loss_sum(model(batch["input_ids"], batch.get("position_ids")), labels).double()
             sums[1] += (labels[:, 1:] != IGNORED).sum()
-            if generate is None:
+            if not asks or "index" not in batch:  # training samples are judged by their loss alone
                 continue
             places = batch["index"].tolist()
             missing = [place for place in places if place not in log.items]
-            log.add(self._items(missing, generate))
+            log.add(self._items(missing, bare_model(model)))
             items = [log.items[place] for place in places]
             for item in items:
                 marks = item.correct, bool(item.lenient), item.answer is not None, True
@@ -166,25 +166,21 @@ class InstructTask(Task):
             dist.all_gather_object(parts, self.log.items)
             self.log.items = {index: item for part in parts for index, item in part.items()}
 
-    def _generator(self, model: nn.Module) -> Generate | None:
-        if self.config.grader == "none":
-            return None
-        config, inner = self.config, bare_model(model)
-
-        def generate(prompts: Sequence[str]) -> list[str]:
-            return greedy_answers(
-                inner, prompts, new_tokens=config.new_tokens, stop=config.stop, special=config.template != "chat"
-            )
-
-        return generate
+    def answer(self, model: Any, queries: Sequence[str]) -> list[str]:
+        """What a model writes in response to queries, all in one batch."""
+        config = self.config
+        return greedy_answers(
+            model, [self.prompt(query) for query in queries], new_tokens=config.new_tokens, stop=config.stop,
+            special=config.template != "chat",
+        )  # fmt: skip
 
     def prompt(self, query: str) -> str:
         """What the model is given to answer a query."""
         return prompt_text(self.config.template, query, self._model.tokenizer) + self.config.lead_in
 
-    def _items(self, places: list[int], generate: Generate) -> list[Item]:
+    def _items(self, places: list[int], model: Any) -> list[Item]:
         pairs = self.pairs("eval")
-        responses = generate([self.prompt(pairs.queries[place]) for place in places])
+        responses = self.answer(model, [pairs.queries[place] for place in places])
         return [
             self.graded(place, pairs.queries[place], pairs.responses[place], response)
             for place, response in zip(places, responses, strict=True)

@@ -87,6 +87,9 @@ class Task(ABC):
     def recall(self, folder: Path) -> None:  # noqa: B027 - few do
         """Take up what `keep` wrote, before anything is asked of the task."""
 
+    def log_items(self, path: Path) -> None:  # noqa: B027 - few do
+        """Where the coming evaluation notes every single sample, and finds those that it has done already."""
+
     def samples(self, model: nn.Module, generator: torch.Generator, folder: Path) -> None:  # noqa: B027 - few do
         """Write what the model makes into a folder, to look at; drawn from the generator alone."""
 

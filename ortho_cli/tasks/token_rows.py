@@ -73,15 +73,16 @@ class TokenRows(Dataset[dict[str, Tensor]]):
         samples: tokenized.
         pad: id of the padding token.
         row: tokens a packed row; None: a row is one sample.
+        indexed: batches say by `index` which samples they are of, so that answers to them can be asked for.
 
     Attributes:
         learnt: `(rows,)` int64, tokens of each row that are learnt.
     """
 
-    def __init__(self, samples: list[Sample], pad: int, row: int | None = None) -> None:
+    def __init__(self, samples: list[Sample], pad: int, row: int | None = None, *, indexed: bool = False) -> None:
         self.samples = samples
         self.pad = pad
-        self.is_packed = row is not None
+        self.is_packed, self.is_indexed = row is not None, indexed
         lengths = [len(sample.ids) for sample in samples]
         self.rows = [[place] for place in range(len(samples))] if row is None else packed_rows(lengths, row)
         # The first token of a sample has nothing before it to be learnt from.
@@ -103,8 +104,8 @@ class TokenRows(Dataset[dict[str, Tensor]]):
             index: `(B,)` places.
 
         Returns:
-            `input_ids` and `labels` `(B, L)` int64, labels being `IGNORED` where nothing is learnt; `index`; and
-            `position_ids` `(B, L)` of packed rows, counted from 0 in each sample.
+            `input_ids` and `labels` `(B, L)` int64, labels being `IGNORED` where nothing is learnt;
+            `position_ids` `(B, L)` of packed rows, counted from 0 in each sample; and `index`, where it is wanted.
         """
         rows = [self._row(place) for place in index.tolist()]
         length = max((len(row["input_ids"]) for row in rows), default=1)
@@ -117,7 +118,7 @@ class TokenRows(Dataset[dict[str, Tensor]]):
         for place, row in enumerate(rows):
             for name, values in batch.items():
                 values[place, : len(row[name])] = row[name]
-        return {**batch, "index": index}
+        return {**batch, "index": index} if self.is_indexed else batch
 
     def _row(self, place: int) -> dict[str, Tensor]:
         own = [self.samples[sample] for sample in self.rows[place]]

@@ -6,6 +6,7 @@ The model is built as a resumed run builds it: the methods operate, then their s
 from __future__ import annotations
 
 import difflib
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import islice
@@ -34,8 +35,12 @@ from .state import BEST, checkpoint_steps, last_checkpoint, load_tensors, read_s
 __all__ = ["SPLITS", "evaluate_run", "find_checkpoint", "restore_for_judging"]
 
 SPLITS = ("val", "train")
+ITEMS = "items"  # the folder, in a run's, of what single samples of unfinished evaluations came to
 # Besides data.*: what changes how a state is judged, and not which model it is of.
-JUDGING_KEYS = ("model.base", "train.precision", "train.limit_batches", "train.threads")
+JUDGING_KEYS = (
+    "model.base", "train.precision", "train.limit_batches", "train.threads", "task.compat", "task.grader",
+    "task.lead_in", "task.new_tokens", "task.stop",
+)  # fmt: skip
 
 
 def evaluate_run(
@@ -79,10 +84,13 @@ def evaluate_run(
             f"run {folder.name} is of the task {recipe.task.name}, which draws nothing that is judged",
             hint="leave out --features, --num, --seed, --extent and --sefa",
         )
-    wanted = [name for name in known if name not in further.unasked] if metrics is None else _wanted(metrics, known)
+    wanted = (
+        [name for name in known if name not in further.unasked] if metrics is None else _wanted(metrics, known, further)
+    )
     state = find_checkpoint(folder, checkpoint)
     session = open_session(recipe, judging=True, kept=folder)
     restore_for_judging(session, state)
+    session.task.log_items(folder / ITEMS / f"{state.name}-{_settings(recipe, state)}.jsonl")
     found, outputs, targets, samples = _outputs(session, split, judge.target if judge else "")
     order = [name for name in known if name in found] + [name for name in found if name not in known]
     judged = {
@@ -97,14 +105,15 @@ def evaluate_run(
         values, evaluation.skipped = measure(judge.metrics, [n for n in wanted if n in judge.metrics], collected)
         evaluation.metrics |= values
         evaluation.parts, evaluation.data = list(judge.parts(collected)), judge.data(collected)
-    asked = [name for name in wanted if name in further.metrics]
+        evaluation.texts = judge.texts(collected)
+    asked = [name for name in wanted if further.has(name)]
     if asked:
         batches = partial(_batches_on_device, session, split)
         with session.for_judging() as model:
             judge_model(further(session, model, batches, drawing or Drawing(), say), asked, evaluation)
     if metrics is not None:
-        others = {*further.metrics, *(judge.metrics if judge else ())}
-        lacking = [name for name in wanted if name not in found and name not in others]
+        others = judge.metrics if judge else {}
+        lacking = [name for name in wanted if name not in found and name not in others and not further.has(name)]
         evaluation.skipped += [Skipped(name, "it is not defined for these samples") for name in lacking]
     return evaluation
 
@@ -209,12 +218,13 @@ def _model_judge(task: str) -> type[ModelJudge]:
     return registry.resolve("model_judges", task) if task in registry.names("model_judges") else ModelJudge
 
 
-def _wanted(metrics: Sequence[str], known: Sequence[str]) -> list[str]:
+def _wanted(metrics: Sequence[str], known: Sequence[str], further: type[ModelJudge]) -> list[str]:
     for name in metrics:
-        if name not in known:
+        if name not in known and not further.has(name):
             near = difflib.get_close_matches(name, known, 1)
             hint = f"did you mean {near[0]!r}? " if near else ""
-            raise UsageError(f"--metrics {name}: there is no such metric", hint=f"{hint}known: {', '.join(known)}")
+            listed = ", ".join([*known, *(f"{family}:NAME" for family in further.families)])
+            raise UsageError(f"--metrics {name}: there is no such metric", hint=f"{hint}known: {listed}")
     return list(dict.fromkeys(metrics))
 
 
@@ -226,6 +236,12 @@ def _check_sets(sets: Sequence[str]) -> None:
                 f"--set {key} would make another model, or changes nothing in an evaluation",
                 hint=f"data.KEY, or one of {', '.join(JUDGING_KEYS)}",
             )
+
+
+def _settings(recipe: Any, state: Path) -> str:
+    """A short name for all that decides what single samples come to."""
+    parts = recipe.task.model_dump_json(), recipe.data.model_dump_json(), recipe.model.base, read_state(state)["step"]
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
 
 def _public(text: str) -> str:

@@ -57,6 +57,8 @@ class ModelJudge:
     """By name; each takes the judge, and may raise `Missing`."""
     unasked: ClassVar[frozenset[str]] = frozenset()
     """Names of those that are computed only where they are asked for."""
+    families: ClassVar[dict[str, Callable[[Any, str], dict[str, float]]]] = {}
+    """Metrics with a word behind a colon, such as another library's task: `lm-eval:gsm8k`; only where asked for."""
 
     def __init__(
         self, session: Session, model: nn.Module, batches: Callable[[], Iterator[Batch]], drawing: Drawing, say: Say
@@ -66,12 +68,29 @@ class ModelJudge:
         self.data: dict[str, Any] = {}
         self.notes: list[str] = []
 
+    @classmethod
+    def has(cls, name: str) -> bool:
+        """Whether there is such a metric."""
+        family, colon, word = name.partition(":")
+        return name in cls.metrics or bool(colon and word and family in cls.families)
+
+    def measured(self, name: str) -> dict[str, float]:
+        """A metric's values by name.
+
+        Raises:
+            Missing: a library or weights that it needs.
+        """
+        if name in self.metrics:
+            return self.metrics[name](self)
+        family, _, word = name.partition(":")
+        return self.families[family](self, word)
+
 
 def judge_model(judge: ModelJudge, wanted: list[str], evaluation: Evaluation) -> None:
     """Add what a judge finds to an evaluation; a metric whose library or weights are missing is skipped by name."""
     for name in wanted:
         try:
-            evaluation.metrics |= judge.metrics[name](judge)
+            evaluation.metrics |= judge.measured(name)
         except Missing as missing:
             evaluation.skipped.append(Skipped(name, missing.reason, missing.command))
     evaluation.parts += judge.parts

@@ -21,7 +21,7 @@ RECIPE, OUTCOME = "recipe.yaml", "outcome.json"
 SOURCES = ("base", "adapter", "teacher")  # keys of weights to start from
 WRITTEN = (
     RECIPE, OUTCOME, "metrics.jsonl", "timing.jsonl", "checkpoints", "export", "samples", "trackers", "report.html",
-    "figures", "evaluation", "README.md", "trace.json", "profile.txt", "vocabulary",
+    "figures", "evaluation", "README.md", "trace.json", "profile.txt", "vocabulary", "items",
 )  # fmt: skip
 
 

@@ -110,27 +110,25 @@ def test_the_sizes_are_known_without_tokens() -> None:
     assert packed.size("train") < 40
 
 
-class Oracle(torch.nn.Module):
+class Oracle:
     """Answers as the data does, but wrongly where told; counts what it was asked."""
 
     def __init__(self, task: InstructTask, wrong: int) -> None:
-        super().__init__()
         self.asked = 0
-        self.weight = torch.nn.Parameter(torch.zeros(1))
         self.task, self.wrong = task, wrong
 
-    def __call__(self, prompts: Any) -> list[str]:
-        self.asked += len(prompts)
+    def __call__(self, model: Any, queries: Any) -> list[str]:
+        self.asked += len(queries)
         known = self.task.pairs("eval")
-        answers = dict(zip(map(self.task.prompt, known.queries), known.responses, strict=True))
-        return ["The answer is: 1000" if self.asked <= self.wrong else answers[prompt] for prompt in prompts]
+        answers = dict(zip(known.queries, known.responses, strict=True))
+        return ["The answer is: 1000" if self.asked <= self.wrong else answers[query] for query in queries]
 
 
 def test_answers_are_graded_logged_and_not_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     task = make(section(judge_limit=10, eval_batch=1), compat="llama")
     model = tiny(task)
     oracle = Oracle(task, 3)
-    monkeypatch.setattr(task, "_generator", lambda model: oracle)
+    monkeypatch.setattr(task, "answer", oracle)
 
     def evaluate() -> dict[str, float]:
         return task.evaluate(model, task.batches("eval", 0, batch=1))
