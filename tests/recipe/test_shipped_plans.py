@@ -21,6 +21,8 @@ VIT = 201_418
 SMALL_VIT = 101_834  # of two blocks in place of four
 HRA = 4 * 16 * (64 + 64 + 64 + 256)  # 16 reflections on the inputs of the four layers of each of four blocks
 HEAD = 65 * 10
+SD15 = 859_520_964 + 83_653_863 + 123_060_480  # UNet, autoencoder, text encoder
+HINTS = 1_086_480  # the hint encoder of controllable generation
 SOC = 64 * 64 * 9 - 64 * 3 * 9  # a filter from 64 channels to 64 in place of one from 3
 COUNTS = {
     "quickstart": (RESNET20, RESNET20),
@@ -48,6 +50,9 @@ COUNTS = {
     "animeface-eigengan-nog": (10_262_529 + 8_915_985,) * 2,
     "celeba-gan128-nog": (28_416_579 + 27_927_361,) * 2,
     "lsun-church-gan128-nog": (28_416_579 + 27_927_361,) * 2,
+    "sd15-control-segm-hra": (SD15 + HINTS, 895_488 + HINTS),
+    "sd15-control-canny-hra": (SD15 + HINTS, 895_488 + HINTS),
+    "sd15-control-landmark-hra": (SD15 + HINTS, 895_488 + HINTS),
     "cifar10-resnet110-gor": (1_795_064, 1_795_064),  # the paper's model with its head of 1000 outputs
 }
 
