@@ -9,6 +9,7 @@ import typer
 
 from ortho_cli.cli.bench_bases import bench_nog, bench_polar, bench_stability, numbers
 from ortho_cli.cli.bench_geometry import bench_geometry
+from ortho_cli.cli.bench_llm import bench_llm
 from ortho_cli.cli.bench_whiten import bench_whiten
 from ortho_cli.cli.completion import presets, words
 from ortho_cli.cli.options import JsonOption
@@ -251,6 +252,7 @@ def bench_oialr(
 
 
 app.command("geometry")(bench_geometry)
+app.command("llm")(bench_llm)
 app.command("polar")(bench_polar)
 app.command("nog")(bench_nog)
 app.command("stability")(bench_stability)

@@ -6,6 +6,7 @@ import statistics
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.util import find_spec
 from itertools import product
 from typing import Any
@@ -17,7 +18,7 @@ from ortho_cli.errors import NumericsError, UsageError
 
 from .hra_layer import HRALayer
 from .lora_layer import LoRALayer
-from .side_by_side import Timing, check_device, shuffled_rounds
+from .side_by_side import Timing, check_device, kept_bytes, peak_bytes, shuffled_rounds
 
 __all__ = ["DIMS", "DTYPES", "RANKS", "TOKENS", "Case", "Step", "measure_hra", "missing_peers", "summary"]
 
@@ -153,8 +154,8 @@ def _measure(case: Case, dtype: str, rounds: int, seconds: float, input_grad: bo
             run()
     timed = shuffled_rounds(runs, rounds, device, limit=seconds, slow=(THEIR_HRA,))
     for name, layer in layers.items():
-        kept = _kept_bytes(layer, x)
-        case.steps[name] = Step(name, timed[name].seconds, kept, _peak_bytes(runs[name], device))
+        kept = kept_bytes(partial(layer, x), layer.parameters())
+        case.steps[name] = Step(name, timed[name].seconds, kept, peak_bytes(runs[name], device))
     return case
 
 
@@ -204,31 +205,3 @@ def _check_equal(ours: Run, theirs: Run, dtype: str) -> None:
         error = float((found - peer).detach().abs().max() / peer.detach().abs().max())
         if not error <= limit:
             raise NumericsError(f"our HRA and PEFT's differ by {error:.1e}, more than {limit:g}")
-
-
-def _kept_bytes(layer: nn.Module, x: Tensor) -> int:
-    """Bytes that forward keeps for backward, each memory once, without what is there anyway."""
-    own = {p.untyped_storage().data_ptr() for p in layer.parameters()}
-    kept: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        output = layer(x)
-    del output
-    return sum(kept.values())
-
-
-def _peak_bytes(run: Run, device: str) -> int | None:
-    if device == "cpu":
-        return None
-    torch.accelerator.synchronize()
-    before = torch.accelerator.memory_allocated()
-    torch.accelerator.reset_peak_memory_stats()
-    run()
-    torch.accelerator.synchronize()
-    return int(torch.accelerator.max_memory_allocated() - before)

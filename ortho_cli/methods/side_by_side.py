@@ -5,16 +5,17 @@ from __future__ import annotations
 import random
 import statistics
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ortho_cli.errors import UsageError
 
-__all__ = ["Timing", "check_device", "shuffled_rounds", "threads_of"]
+__all__ = ["Timing", "check_device", "kept_bytes", "peak_bytes", "shuffled_rounds", "threads_of"]
 
 # A median of fewer says little; what is many times slower than the rest needs no fine one.
 LEAST_ROUNDS, SLOW_ROUNDS = 5, 3
@@ -80,6 +81,45 @@ def shuffled_rounds(
                 torch.accelerator.synchronize()
             timings[name].seconds.append(time.perf_counter() - start)
     return timings
+
+
+def kept_bytes(forward: Callable[[], object], weights: Iterable[Tensor]) -> int:
+    """Bytes that a forward pass keeps for backward, each memory once, without what is there anyway.
+
+    Args:
+        forward: gives what has the graph; dropped at once.
+        weights: parameters, which are not counted.
+
+    >>> x = torch.ones(4, requires_grad=True)
+    >>> kept_bytes(lambda: x.exp(), [x])
+    16
+    """
+    own = {tensor.untyped_storage()._cdata for tensor in weights}
+    kept: dict[int, Tensor] = {}  # the tensors too: a storage that is let go may be another's next
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = forward()
+    found = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+    del output
+    return found
+
+
+def peak_bytes(run: Callable[[], object], device: str) -> int | None:
+    """The most memory that a run takes beyond what was there before; None on a CPU, which does not say."""
+    if device == "cpu":
+        return None
+    torch.accelerator.synchronize()
+    before = torch.accelerator.memory_allocated()
+    torch.accelerator.reset_peak_memory_stats()
+    run()
+    torch.accelerator.synchronize()
+    return int(torch.accelerator.max_memory_allocated() - before)
 
 
 @contextmanager

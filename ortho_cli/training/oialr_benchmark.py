@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from ortho_cli.methods.basis_layers import BasisLayer
 from ortho_cli.methods.oialr_model import OIALR
-from ortho_cli.methods.side_by_side import Timing, check_device, shuffled_rounds, threads_of
+from ortho_cli.methods.side_by_side import Timing, check_device, kept_bytes, shuffled_rounds, threads_of
 from ortho_cli.models.vit import VisionTransformer
 
 __all__ = ["DENSE", "OURS", "OIALRTiming", "measure_oialr"]
@@ -101,7 +102,7 @@ def _measure(dim: int, rank: int, depth: int, tokens: int, batch: int, rounds: i
     return [
         OIALRTiming(
             name, timed[name].seconds, dim, rank if name == OURS else None, timed[name].median / timed[DENSE].median,
-            _held(optimizers[name]), _activations(stack, inputs),
+            _held(optimizers[name]), kept_bytes(partial(_forward, stack, inputs), stack.parameters()),
             sum(each.numel() for each in stack.parameters() if each.requires_grad), sizes,
         )
         for name, stack in stacks.items()
@@ -122,12 +123,17 @@ def _truncate(layer: BasisLayer, rank: int) -> None:
 
 def _step(stack: nn.Module, optimizer: torch.optim.Optimizer, inputs: Tensor) -> Callable[[], None]:
     def step() -> None:
-        given = inputs.detach().requires_grad_()  # as from the layers below, which want their gradient
         optimizer.zero_grad()
-        stack(given).square().mean().backward()
+        torch.autograd.backward(_forward(stack, inputs).square().mean())
         optimizer.step()
 
     return step
+
+
+def _forward(stack: nn.Module, inputs: Tensor) -> Tensor:
+    """Outputs for inputs as from the layers below, which want their gradient."""
+    outputs: Tensor = stack(inputs.detach().requires_grad_())
+    return outputs
 
 
 def _held(optimizer: torch.optim.Optimizer) -> int:
@@ -135,21 +141,3 @@ def _held(optimizer: torch.optim.Optimizer) -> int:
     moments = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     return sum(tensor.numel() * tensor.element_size() for tensor in [*moments, *gradients])
-
-
-def _activations(stack: nn.Module, inputs: Tensor) -> int:
-    """Bytes kept for backward, each storage once."""
-    weights = {each.untyped_storage()._cdata for each in stack.parameters()}
-    kept: dict[int, Tensor] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            kept[storage._cdata] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        outputs = stack(inputs.detach().requires_grad_())
-    found = sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
-    del outputs
-    return found
