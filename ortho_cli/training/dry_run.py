@@ -122,10 +122,15 @@ def _memory(recipe: Any, task: Any, model: nn.Module, methods: list[Any]) -> dic
 
 def _fill(model: nn.Module) -> None:
     """Put tensors of the mode that is active in place of the meta ones."""
+    filled: dict[int, nn.Parameter] = {}
+    replaced = []  # an id is only a parameter's while that lives
     for module in model.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
-            empty = torch.empty(parameter.shape, dtype=parameter.dtype)
-            setattr(module, name, nn.Parameter(empty, requires_grad=parameter.requires_grad))
+            replaced.append(parameter)
+            if id(parameter) not in filled:  # tied ones stay one
+                empty = torch.empty(parameter.shape, dtype=parameter.dtype)
+                filled[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+            setattr(module, name, filled[id(parameter)])
         for name, buffer in list(module.named_buffers(recurse=False)):
             setattr(module, name, torch.empty(buffer.shape, dtype=buffer.dtype))
 
