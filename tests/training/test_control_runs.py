@@ -8,12 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from training_runs import assert_same_runs, die_at, lines_of, ortho, write
 
 pytest.importorskip("diffusers", reason="the networks are diffusers' own")
 
+from tiny_sd import save_pipeline
+
 from ortho_cli.errors import RecipeError
+from ortho_cli.models.hint_encoder import HintEncoder
 from ortho_cli.recipe.train import load_train
+from ortho_cli.surgery.add_hra import add_hra
+from ortho_cli.surgery.convert import convert
 from ortho_cli.tasks.control import ControlTask
 from ortho_cli.training.evaluate import evaluate_run
 from ortho_cli.training.log import read_lines
@@ -131,6 +137,38 @@ def test_a_run_goes_on_from_the_adapter_and_the_encoder_of_another(tmp_path: Pat
     trained = {k: v for k, v in load_tensors(stored / "model.safetensors").items() if "hint_block" in k or "hra_u" in k}
     state = session.model.state_dict()
     assert all(torch.equal(state[name], value) for name, value in trained.items())
+
+
+def test_an_ldm_file_with_reflections_and_an_encoder_is_trained_as_it_is(tmp_path: Path) -> None:
+    """What `add-hra` and the authors' trainer make of a base: both parts go on, and are saved, in their own names."""
+    folder = save_pipeline(tmp_path / "pipeline")
+    convert(folder, tmp_path / "ldm.safetensors", "ldm")
+    add_hra(tmp_path / "ldm.safetensors", tmp_path / "hra.safetensors", rank=4, form="checkpoint")
+    torch.manual_seed(3)
+    encoder = {f"control_model.{name}": torch.randn_like(value) for name, value in HintEncoder(16).state_dict().items()}
+    unused = {"control_model.time_embed.0.bias": torch.zeros(64)}
+    save_file(load_file(tmp_path / "hra.safetensors") | encoder | unused, tmp_path / "base.safetensors")
+    sections = {
+        "model": f"{{name: stable-diffusion, base: {tmp_path / 'base.safetensors'}, config: {folder}}}",
+        "data": "{name: skimage-hints, hint: canny, size: 64, batch: 2}",
+        "methods": "[{name: hra, rank: 4, targets: [sd15-control]}]",
+        "task": "{name: control, samples: 0}",
+        "train": "{steps: 1, threads: 1, limit_batches: 1}",
+        "run": "{dir: FOLDER, save_every_steps: 1}",
+    }
+    session = opened(tmp_path, **sections)
+    state = session.model.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in encoder.items())
+    assert any("144 layers of rank 4" in note for note in session.notes)
+    assert any("the base's own hint encoder" in note for note in session.notes)
+    assert any("1 tensors control_model.time_embed.* are left out" in note for note in session.notes)
+    train(load_train(write(tmp_path, "on", **{**SECTIONS, **sections})))
+    stored = last_checkpoint(tmp_path / "on")
+    assert stored is not None
+    saved = load_tensors(stored / "model.safetensors")
+    assert encoder.keys() <= saved.keys()
+    assert sum(name.endswith(".hra_u") for name in saved) == 144
+    assert not any(torch.equal(saved[name], value) for name, value in encoder.items())
 
 
 def test_what_cannot_be_is_refused(tmp_path: Path) -> None:
