@@ -49,6 +49,22 @@ def generate(
             autocompletion=words(*HINTS),
         ),
     ] = None,
+    input: Annotated[
+        Path | None, typer.Option("--input", metavar="FILE", help="Text to translate, a sentence a line.")
+    ] = None,
+    split: Annotated[
+        str | None,
+        typer.Option(
+            "--split",
+            metavar="val|train",
+            help="Prompts and hints of a control run's own data.",
+            autocompletion=words("val", "train"),
+        ),
+    ] = None,
+    reference: Annotated[
+        Path | None,
+        typer.Option("--reference", metavar="DIR", help="With --split: also write the data's pictures there."),
+    ] = None,
     num: Annotated[
         int | None,
         typer.Option(
@@ -167,16 +183,28 @@ def generate(
         bool,
         typer.Option("--sefa", help="Turn the code to the directions its weights stretch.", rich_help_panel=GANS),
     ] = False,
+    video: Annotated[
+        str | None,
+        typer.Option(
+            "--video",
+            metavar="mp4|gif",
+            help="With --traverse: a film of each coordinate too.",
+            autocompletion=words("mp4", "gif"),
+            rich_help_panel=GANS,
+        ),
+    ] = None,
     dry_run: DryRunOption = False,
     as_json: JsonOption = False,
     quiet: QuietOption = False,
     debug: DebugOption = False,
 ) -> None:
-    """Make pictures with a run, or with Stable Diffusion and adapters; what is there is skipped: a killed job goes on.
+    """Make pictures or translations with a run, or pictures with Stable Diffusion; what is there is skipped.
 
     Example: ortho generate v1-5-pruned.safetensors --adapter my-hra=0.8 --prompt "a photo of a cat" -o pictures
 
     Example: ortho generate runs/digits-eigengan --traverse -o traversals
+
+    Example: ortho generate runs/catalogues-translator-dense --input messages.de -o messages
 
     Many GPUs: --shard 0/4 ... --shard 3/4, or accelerate launch -m ortho_cli generate ...
     """

@@ -62,6 +62,7 @@ class HRAMethod(Method):
             names, source = self._insert(model, context), ""
         found = adapter_layers(model)
         self.layers = {name: layer for name in names if isinstance(layer := found[name], HRALayer)}
+        self.continues = bool(held) and config.adapter is None
         if source:
             check_settings(config, source, self._settings())
             check_layers(config, source, names, lambda: choose(model, config.targets, config.exclude))

@@ -29,6 +29,8 @@ class Method:
     """One line of a recipe's `methods`. The mathematics behind a hook is a plain function; a method only wires it."""
 
     name: str
+    continues: bool = False
+    """Whether it goes on with an adapter that the base holds, which brings its own settings along."""
 
     def __init__(self, config: Any) -> None:
         self.config = config

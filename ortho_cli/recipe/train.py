@@ -6,7 +6,7 @@ A recipe is one task, one model, its data, an ordered list of methods, an optimi
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from os import PathLike
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -165,9 +165,19 @@ def cell_recipes(recipe: TrainRecipe) -> list[tuple[Cell, TrainRecipe]]:
     return [(cell, validate(TrainRecipe, cell.data, Positions(), cell.name or "recipe")) for cell in made]
 
 
-def resolved_yaml(recipe: TrainRecipe) -> str:
-    """The recipe with every default, as YAML that loads to the same recipe again: a run's `recipe.yaml`."""
-    return to_yaml(recipe_data(recipe))
+def resolved_yaml(recipe: TrainRecipe, continued: Collection[int] = ()) -> str:
+    """The recipe with every default, as YAML that loads to the same recipe again: a run's `recipe.yaml`.
+
+    Args:
+        recipe: any.
+        continued: places of methods that go on with the base's own adapter: keys that it decides are there if given.
+    """
+    data: dict[str, Any] = recipe_data(recipe)
+    for index in continued:
+        method: Any = recipe.methods[index]
+        for key in method.shape - method.model_fields_set:
+            data["methods"][index].pop(key, None)
+    return to_yaml(data)
 
 
 def difference(old: TrainRecipe, new: TrainRecipe) -> list[tuple[str, object, object]]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,10 +33,18 @@ from .plan import OutputFile, Plan, provenance
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["ADAPTER_DIALECTS", "method_at", "named_layers", "plan_convert_adapter", "refuse_leftovers"]
+__all__ = [
+    "ADAPTER_DIALECTS",
+    "method_at",
+    "named_layers",
+    "plan_convert_adapter",
+    "refuse_leftovers",
+    "without_hint_encoder",
+]
 
 ADAPTER_DIALECTS = ("peft-hra", "peft-lora", "kohya-lora", "diffusers-lora")
 SPAN_KEYS = ("gram_schmidt", "start", "apply_GS")  # of `ortho.method`, about the Gram-Schmidt variant
+HINT_ENCODER = "control_model."  # how names of what listens to a hint begin, in adapters and in LDM files
 LORA_KINDS = ("hra", "lora", "loha", "lokr")
 
 
@@ -64,6 +73,7 @@ def plan_convert_adapter(
     """
     _check_output(output, to)
     _check_kinds(adapter, to)
+    adapter = without_hint_encoder(adapter)
     notes = list(adapter.notes)
     layers = with_strengths(named_layers(adapter, base, notes.append, force_base=force_base), base, strength)
     refuse_leftovers(adapter, to)
@@ -127,6 +137,15 @@ def _check_kinds(adapter: Adapter, to: str) -> None:
                 f"layer {name} reflects the output side, or softly (eps > 0); PEFT's HRA does neither",
                 hint="its exact form is a LoRA on its base: --to peft-lora --base BASE",
             )
+
+
+def without_hint_encoder(adapter: Adapter) -> Adapter:
+    """An adapter for controllable generation as what it does to the UNet alone, which a note says."""
+    kept = {name: info for name, info in adapter.replacements.items() if not name.startswith(HINT_ENCODER)}
+    if len(kept) == len(adapter.replacements):
+        return adapter
+    note = f"the hint encoder ({HINT_ENCODER}*) is left out: only {adapter.path.name} and merged LDM files hold it"
+    return replace(adapter, replacements=kept, notes=(*adapter.notes, note))
 
 
 def refuse_leftovers(adapter: Adapter, to: str) -> None:

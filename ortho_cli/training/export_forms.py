@@ -23,9 +23,8 @@ from ortho_cli.checkpoints.adapters import Adapter, read_adapter
 from ortho_cli.checkpoints.checkpoint import Checkpoint
 from ortho_cli.checkpoints.store import open_checkpoint, read_json
 from ortho_cli.errors import RecipeError
-from ortho_cli.models.hint_encoder import CONTROL
 from ortho_cli.recipe.exports import DIFFUSION
-from ortho_cli.surgery.convert_adapter import plan_convert_adapter
+from ortho_cli.surgery.convert_adapter import plan_convert_adapter, without_hint_encoder
 from ortho_cli.surgery.convert_checkpoint import plan_base, plan_diffusers, plan_ldm
 from ortho_cli.surgery.hra_repo import has_hra, is_sd15_ldm
 from ortho_cli.surgery.merge import plan_merge
@@ -97,12 +96,6 @@ class ExportSource:
         return replace(first, metadata=metadata)
 
     @cached_property
-    def without_hints(self) -> Adapter:
-        """The adapter without the hint encoder that trained beside it, for which most forms have no place."""
-        kept = {name: info for name, info in self.adapter.replacements.items() if not name.startswith(f"{CONTROL}.")}
-        return replace(self.adapter, replacements=kept)
-
-    @cached_property
     def base(self) -> Checkpoint | None:
         """The weights that the adapter acts on; None where they were random."""
         if self.recipe.model.base is None:
@@ -143,16 +136,13 @@ def write_form(source: ExportSource, form: str, output: Path, *, dry_run: bool =
     if form == "peft" and not source.is_diffusion:
         return _peft_folder(source, output, dry_run=dry_run)
     if form in ("peft", "kohya-lora", "diffusers-lora"):
-        adapter = source.without_hints
+        adapter = source.adapter
         to = f"peft-{_peft_kind(adapter)}" if form == "peft" else form
         plan = plan_convert_adapter(adapter, output, to, source.base)
     else:
         plan = _merged(source, form, output, dry_run=dry_run)
     run(plan, dry_run=dry_run)
-    notes = list(plan.notes)
-    if len(source.without_hints.replacements) < len(source.adapter.replacements) and form != "merged-ldm":
-        notes.append(f"without the hint encoder, which is in export/{source.folders[0].name}")
-    return notes
+    return list(plan.notes)
 
 
 def _peft_kind(adapter: Adapter) -> str:
@@ -169,14 +159,14 @@ def _merged(source: ExportSource, form: str, output: Path, *, dry_run: bool) -> 
     base = source.base
     assert base is not None, "the recipe was refused"
     is_file = is_sd15_ldm(base)
-    adapter = source.without_hints if source.is_diffusion and not is_file else source.adapter
+    alone = without_hint_encoder(source.adapter)  # an LDM file has a place for it
+    adapter = source.adapter if form == "merged" or (form == "merged-ldm" and is_file) else alone
     if form == "merged" or (form == "merged-ldm" and is_file) or (form == "merged-diffusers" and not is_file):
         return plan_merge(base, [adapter], output)
     if dry_run:  # the names are the base's, folded or not
         merged = base
         plan_merge(base, [adapter], source.room() / "merged.safetensors" if is_file else source.room() / "merged")
     else:
-        adapter = source.without_hints
         room = source.room()
         merged = written(plan_merge(base, [adapter], room / "merged.safetensors" if is_file else room / "merged"))
     if form == "merged-ldm":

@@ -16,14 +16,16 @@ from typing import Any
 import torch
 
 from ortho_cli import __version__
+from ortho_cli.checkpoints.output import atomic
 from ortho_cli.errors import UsageError, check_choice
 from ortho_cli.models.hint_encoder import CONTROL, hint_added
 
+from .evaluate import SPLITS
 from .generate import Made, Maker, Progress, Source
 from .generate_folder import OutputFolder, read_manifests
-from .generate_hints import hint_batch
+from .generate_hints import HintKind, hint_batch, middle
 from .generate_model import DTYPES, Drawing, Weights, drawing_model
-from .generate_pictures import Picture, Prompt, prompts_of, shard_of, share
+from .generate_pictures import Picture, Prompt, data_prompts, prompts_of, shard_of, share
 from .generate_sheet import SHEET, write_sheet
 
 __all__ = ["MAKER", "SCHEDULERS", "DiffusionMaking"]
@@ -43,7 +45,7 @@ SCHEDULERS = {
 GRAIN = 8  # pixels of which the sides of a picture are multiples, for every pipeline of diffusers
 GENERAL = ("prompt", "prompts", "negative", "num", "seed", "shard", "steps", "guidance", "scheduler", "size", "batch")
 WEIGHTS = ("adapter", "strength", "checkpoint", "precision", "config")
-HINTS = ("control", "control_type")
+HINTS = ("control", "control_type", "split", "reference")
 
 
 @dataclass(frozen=True)
@@ -70,10 +72,8 @@ class DiffusionMaking:
     """
 
     def __init__(self, source: Source, asked: Mapping[str, Any]) -> None:
-        self.source = source
-        self.prompts = prompts_of(asked) or self._own_prompts()
-        if not self.prompts:
-            raise UsageError("nothing says what to draw", hint="--prompt 'a photo of a cat', or --prompts FILE")
+        self.source, self.reference = source, asked.get("reference")
+        self.prompts = self._prompts(asked)
         check_choice("--scheduler", asked.get("scheduler"), tuple(SCHEDULERS))
         check_choice("--precision", asked.get("precision"), tuple(DTYPES))
         given = {key: asked[key] for key in ("steps", "guidance", "scheduler", "negative") if key in asked}
@@ -86,7 +86,9 @@ class DiffusionMaking:
             tuple(asked.get("adapter", ())), tuple(asked.get("strength", ())),
             *(asked.get(key) for key in ("checkpoint", "precision", "config")),
         )  # fmt: skip
-        self.hint = asked.get("control_type")
+        own = getattr(source.recipe, "data", None)
+        kind = asked.get("control_type") or getattr(own, "hint", None)
+        self.hint = HintKind(kind, getattr(own, "thresholds", HintKind.thresholds))
 
     def planned(self) -> dict[str, Any]:
         """How many pictures there will be, of this shard and of all, and how they are drawn."""
@@ -110,6 +112,7 @@ class DiffusionMaking:
             pipeline = _pipeline(drawing.model, self.settings) if waiting else None
             for start in range(0, len(waiting), self.batch):
                 part = waiting[start : start + self.batch]
+                self._keep_references(part, settings)
                 for picture, image in zip(part, self._drawn(drawing.model, pipeline, part, settings), strict=True):
                     line = lines[picture.name]
                     folder.write(picture.name, line, partial(_save, image, settings | line))
@@ -121,10 +124,23 @@ class DiffusionMaking:
             also.append(SHEET)
         return Made(folder.made, folder.skipped, drawing.checkpoint, also, drawing.notes)
 
-    def _own_prompts(self) -> list[Prompt]:
-        """What a run shows while it trains, where its recipe says so."""
+    def _prompts(self, asked: Mapping[str, Any]) -> list[Prompt]:
+        """Those of the command, of a run's data, or what a run shows while it trains."""
+        if asked.get("split"):
+            if set(asked) & {"prompt", "prompts", "control", "control_type"}:
+                raise UsageError("--split takes prompts and hints of the run's data", hint="leave the others out")
+            check_choice("--split", asked["split"], SPLITS)
+            return data_prompts(self.source.recipe, asked["split"])
+        if self.reference is not None:
+            raise UsageError("--reference is of the pictures that --split draws anew", hint="--split val")
         task = getattr(self.source.recipe, "task", None)
-        return [Prompt(text) for text in getattr(task, "validation_prompts", ())]
+        found = prompts_of(asked) or [Prompt(text) for text in getattr(task, "validation_prompts", ())]
+        if not found:
+            hint = "--prompt 'a photo of a cat', or --prompts FILE"
+            if getattr(task, "name", None) == "control":
+                hint += "; with --control IMAGE; or --split val"
+            raise UsageError("nothing says what to draw", hint=hint)
+        return found
 
     def _line(self, picture: Picture) -> dict[str, Any]:
         """What decides a picture beside the settings of all: its line in the manifest."""
@@ -142,16 +158,28 @@ class DiffusionMaking:
             "strength": list(self.weights.strengths), "steps": self.settings.steps,
             "guidance": self.settings.guidance, "scheduler": self.settings.scheduler,
             "negative": self.settings.negative, "size": f"{width}x{height}",
-            **({"control": self.hint} if self.hint is not None else {}),
+            **({"control": self.hint.name} if any(prompt.hint for prompt in self.prompts) else {}),
         }  # fmt: skip
+
+    def _keep_references(self, part: Sequence[Picture], settings: Mapping[str, Any]) -> None:
+        """Write the data's own pictures, one for each prompt, by the number that what is drawn of it begins with."""
+        if self.reference is None:
+            return
+        Path(self.reference).mkdir(parents=True, exist_ok=True)
+        for picture in part:
+            path = Path(self.reference) / f"{picture.sample:06d}.png"
+            if picture.prompt.hint is not None and not path.exists():
+                original = middle(picture.prompt.hint.open()[0], _sides(settings))
+                with atomic(path) as partial_path:
+                    original.save(partial_path, format="PNG")
 
     def _drawn(self, model: Any, pipeline: Any, part: Sequence[Picture], settings: Mapping[str, Any]) -> list[Any]:
         """The pictures of a batch, as PIL images."""
-        width, height = map(int, str(settings["size"]).split("x"))
+        width, height = _sides(settings)
         added: Any = nullcontext()
         if any(picture.prompt.hint is not None for picture in part):
             encoder = _hint_encoder(model)
-            hints = hint_batch([picture.prompt for picture in part], self.hint, model, width, height)
+            hints = hint_batch([picture.prompt.hint for picture in part], self.hint, model, width, height)
             own = next(encoder.parameters())
             added = hint_added(model.unet.conv_in, encoder(hints.to(own.device, own.dtype)))
         with added:
@@ -188,6 +216,11 @@ def _hint_encoder(model: Any) -> Any:
             hint="draw with a run of the task control, or with a checkpoint that holds one",
         )
     return encoder
+
+
+def _sides(settings: Mapping[str, Any]) -> tuple[int, int]:
+    width, height = str(settings["size"]).split("x")
+    return int(width), int(height)
 
 
 def _own_size(model: Any) -> tuple[int, int]:

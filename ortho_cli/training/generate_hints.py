@@ -1,30 +1,92 @@
-"""The hints that pictures are drawn to, as a batch for the hint encoder."""
+"""The hints that pictures are drawn to: files, or those of a run's own data; seen as they are in training."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ortho_cli.errors import UsageError
-from ortho_cli.models.edges import canny
+from ortho_cli.models.edges import HIGH, LOW
 from ortho_cli.models.hint_encoder import STRIDE
+from ortho_cli.tasks.hint_samples import edge_picture
 
-from .generate_pictures import Prompt
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
-__all__ = ["hint_batch"]
+    from ortho_cli.tasks.hint_data import HintPictures
+
+__all__ = ["DataHint", "FileHint", "Hint", "HintKind", "hint_batch", "middle"]
 
 
-def hint_batch(prompts: Sequence[Prompt], kind: str | None, model: Any, width: int, height: int) -> Tensor:
-    """The hints of some prompts, as the hint encoder takes them.
+class Hint(Protocol):
+    """Something that can be drawn to."""
+
+    @property
+    def name(self) -> str:
+        """What the manifest calls it."""
+
+    def open(self) -> tuple[Image, Image | None]:
+        """A picture and its hint; None where the hint is to be made of the picture."""
+
+
+@dataclass(frozen=True)
+class FileHint:
+    """A picture file that is a hint; for canny hints it may be a photograph, whose edges are found."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    def open(self) -> tuple[Image, Image | None]:
+        from PIL import Image, UnidentifiedImageError
+
+        try:
+            with Image.open(self.path.expanduser()) as opened:
+                picture = opened.convert("RGB")
+        except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
+            raise UsageError(f"--control {self.path} is no picture that can be read: {str(error)[:200]}") from error
+        black_and_white = bool(np.isin(np.unique(np.asarray(picture)), (0, 255)).all())
+        return picture, picture if black_and_white else None
+
+
+@dataclass(frozen=True)
+class DataHint:
+    """A sample of a run's data."""
+
+    pictures: HintPictures = field(compare=False)
+    split: str
+    place: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.split} {self.place}"
+
+    def open(self) -> tuple[Image, Image | None]:
+        return self.pictures.open(self.place)
+
+
+@dataclass(frozen=True)
+class HintKind:
+    """What hints show, and at which gradients edges are found."""
+
+    name: str | None = None
+    thresholds: tuple[float, float] = (LOW, HIGH)
+
+
+def hint_batch(hints: Sequence[Hint | None], kind: HintKind, model: Any, width: int, height: int) -> Tensor:
+    """Some hints as the hint encoder takes them.
 
     Args:
-        prompts: each with a hint.
-        kind: of hint; of a picture that is no drawing of edges, `canny` is found here.
+        hints: one for each picture.
+        kind: of all of them.
         model: for how many pixels there is one latent.
         width: of the pictures to draw, in pixels.
         height: likewise.
@@ -33,38 +95,33 @@ def hint_batch(prompts: Sequence[Prompt], kind: str | None, model: Any, width: i
         `(B, 3, 8h, 8w)` in [0, 1], `h` and `w` those of the latents.
 
     Raises:
-        UsageError: a prompt without a hint, or a file that is no picture.
+        UsageError: a picture without a hint, or a file that is no picture.
     """
     size = width // model.latent_factor * STRIDE, height // model.latent_factor * STRIDE
-    return torch.stack([_hint(prompt, kind, size) for prompt in prompts])
+    return torch.stack([_tensor(hint, kind, size) for hint in hints])
 
 
-def _hint(prompt: Prompt, kind: str | None, size: tuple[int, int]) -> Tensor:
-    if prompt.hint is None:
-        raise UsageError(f"the prompt {prompt.text[:80]!r} has no hint, and others have", hint="give each one, or none")
-    from PIL import Image
+def middle(picture: Image, size: tuple[int, int], *, exact: bool = False) -> Image:
+    """The middle of a picture in the shape of `size`, and of that size; `exact`: no colour is mixed of two."""
+    from PIL import Image as PIL
 
-    picture = _picture(prompt.hint)
-    if kind == "canny" and not _is_edges(picture):
-        pixels = np.asarray(picture.resize(size, Image.Resampling.LANCZOS))
-        edges = torch.from_numpy(canny(pixels)).float()
-        return edges.expand(3, -1, -1)
-    flat = kind in ("segm", "canny")  # colours that mean something have none between them
-    resized = picture.resize(size, Image.Resampling.NEAREST if flat else Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(resized)).permute(2, 0, 1).float() / 255
+    plain = picture.convert("RGB")
+    scale = min(plain.width / size[0], plain.height / size[1])
+    left, top = (plain.width - scale * size[0]) / 2, (plain.height - scale * size[1]) / 2
+    box = (left, top, left + scale * size[0], top + scale * size[1])
+    if exact:
+        return plain.resize(size, PIL.Resampling.NEAREST, box=box) if plain.size != size else plain
+    return plain.resize(size, PIL.Resampling.BILINEAR, box=box, reducing_gap=3.0)
 
 
-def _picture(path: Path) -> Any:
-    from PIL import Image, UnidentifiedImageError
+def _tensor(hint: Hint | None, kind: HintKind, size: tuple[int, int]) -> Tensor:
+    if hint is None:
+        raise UsageError("some prompts have a hint and others none", hint="give each one, or none")
+    picture, drawn = hint.open()
+    if drawn is None and kind.name == "canny":
+        return edge_picture(_bytes(middle(picture, size)), kind.thresholds).float() / 255
+    return _bytes(middle(drawn or picture, size, exact=True)).float() / 255
 
-    try:
-        with Image.open(path.expanduser()) as picture:
-            return picture.convert("RGB")
-    except (UnidentifiedImageError, OSError, Image.DecompressionBombError) as error:
-        raise UsageError(f"--control {path} is no picture that can be read: {str(error)[:200]}") from error
 
-
-def _is_edges(picture: Any) -> bool:
-    """Whether a picture is white lines on black already."""
-    values = np.unique(np.asarray(picture))
-    return bool(np.isin(values, (0, 255)).all())
+def _bytes(picture: Image) -> Tensor:
+    return torch.from_numpy(np.array(picture)).permute(2, 0, 1)

@@ -13,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from ortho_cli.errors import UsageError
+from ortho_cli.tasks.hint_data import load_hints
 
-__all__ = ["Picture", "Prompt", "prompts_of", "read_prompts", "shard_of", "share"]
+from .generate_hints import DataHint, FileHint, Hint
+
+__all__ = ["Picture", "Prompt", "data_prompts", "prompts_of", "read_prompts", "shard_of", "share"]
 
 AGAIN = 1_000_000  # between the seeds of a prompt's first and second picture: more than anyone has prompts
 KEYS = ("prompt", "negative", "control")
@@ -27,7 +30,7 @@ class Prompt:
 
     text: str
     negative: str | None = None
-    hint: Path | None = None
+    hint: Hint | None = None
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ def prompts_of(asked: Mapping[str, Any]) -> list[Prompt]:
     if asked.get("prompt") and asked.get("prompts"):
         raise UsageError("--prompt and --prompts both say what to draw", hint="leave one of them out")
     prompts = read_prompts(Path(asked["prompts"])) if asked.get("prompts") else [*map(Prompt, asked.get("prompt", []))]
-    hints = [Path(hint) for hint in asked.get("control", [])]
+    hints = [FileHint(Path(hint)) for hint in asked.get("control", [])]
     if not hints:
         return prompts
     if any(prompt.hint is not None for prompt in prompts):
@@ -85,6 +88,19 @@ def read_prompts(path: Path) -> list[Prompt]:
     if not prompts:
         raise UsageError(f"--prompts {path} holds none", hint="write one a line")
     return prompts
+
+
+def data_prompts(recipe: Any, split: str) -> list[Prompt]:
+    """The prompts and hints of a run's own data, `val` or `train`.
+
+    Raises:
+        UsageError: its task has none.
+        RecipeError: the data is not there, or some of it is broken.
+    """
+    if recipe is None or recipe.task.name != "control":
+        raise UsageError("--split is for runs of the task control, whose data has prompts and hints")
+    pictures = load_hints(recipe.data, "train" if split == "train" else "eval").pictures
+    return [Prompt(pictures.prompt(place), None, DataHint(pictures, split, place)) for place in range(len(pictures))]
 
 
 def share(
@@ -155,4 +171,4 @@ def _prompt(value: dict[str, Any], where: str, folder: Path) -> Prompt:
     negative, hint = value.get("negative"), value.get("control")
     if text is None or not isinstance(negative, str | None) or not isinstance(hint, str | None):
         raise UsageError(f"{where}: {json.dumps(value)[:80]} has no prompt", hint=f"keys: {', '.join(KEYS)}")
-    return Prompt(text, negative, folder / hint if hint is not None else None)
+    return Prompt(text, negative, FileHint(folder / hint) if hint is not None else None)

@@ -91,7 +91,8 @@ def train(
         prepare_training(session)
         session.notes += ["no checkpoint was saved yet: began at step 0"] if resume else []
     check_exports(session)
-    on_main(accelerator, lambda: begin(folder, recipe, anew=saved is None))
+    continued = [index for index, method in enumerate(session.methods) if method.continues]
+    on_main(accelerator, lambda: begin(folder, recipe, anew=saved is None, continued=continued))
     on_main(accelerator, lambda: session.task.keep(folder))
     profile = profiled(session, keeper.after_step) if debug == "profile" else nullcontext(keeper.after_step)
     with tracked(session), keeper.open_logs(), _stop_signals(keeper), profile as after_step:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -88,14 +88,17 @@ def check_same_recipe(folder: Path, recipe: Any) -> list[str]:
     return [key for key, _, _ in found]
 
 
-def begin(folder: Path, recipe: Any, *, anew: bool) -> None:
-    """Write the resolved recipe, after removing what an earlier run left where it begins anew."""
+def begin(folder: Path, recipe: Any, *, anew: bool, continued: Collection[int] = ()) -> None:
+    """Write the resolved recipe, after removing what an earlier run left where it begins anew.
+
+    `continued`: as `resolved_yaml` takes it.
+    """
     if anew:
         for name in WRITTEN:
             path = folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     with atomic(folder / RECIPE) as partial:
-        partial.write_text(resolved_yaml(recipe), "utf-8")
+        partial.write_text(resolved_yaml(recipe, continued), "utf-8")
 
 
 def best_or_last(folder: Path) -> Path | None:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from ortho_cli.errors import UsageError
 from ortho_cli.training import generate_pictures
-from ortho_cli.training.generate_hints import hint_batch
+from ortho_cli.training.generate_hints import FileHint, HintKind, hint_batch, middle
 from ortho_cli.training.generate_pictures import Prompt, prompts_of, read_prompts, shard_of, share
 from ortho_cli.training.generate_sheet import SHEET, write_sheet
 
@@ -25,7 +25,7 @@ def test_prompts_are_lines_or_objects(tmp_path: Path) -> None:
     lines = [{"prompt": "a cat", "negative": "blur", "control": "h.png"}, {"text": "a dog"}]
     (tmp_path / "p.jsonl").write_text("\n".join(map(json.dumps, lines)))
     (tmp_path / "p.json").write_text(json.dumps(lines))
-    expected = [Prompt("a cat", "blur", tmp_path / "h.png"), Prompt("a dog")]
+    expected = [Prompt("a cat", "blur", FileHint(tmp_path / "h.png")), Prompt("a dog")]
     assert read_prompts(tmp_path / "p.jsonl") == read_prompts(tmp_path / "p.json") == expected
 
 
@@ -47,8 +47,11 @@ def test_a_file_of_prompts_is_refused_by_its_line(tmp_path: Path, name: str, tex
 
 
 def test_one_hint_goes_with_all_prompts_and_one_prompt_with_all_hints() -> None:
-    def pairs(prompts: list[str], hints: list[str]) -> list[tuple[str, str]]:
-        return [(each.text, str(each.hint)) for each in prompts_of({"prompt": prompts, "control": hints})]
+    def pairs(prompts: list[str], hints: list[str]) -> list[tuple[str, str | None]]:
+        return [
+            (each.text, each.hint.name if each.hint else None)
+            for each in prompts_of({"prompt": prompts, "control": hints})
+        ]
 
     assert pairs(["a", "b"], ["h"]) == [("a", "h"), ("b", "h")]
     assert pairs(["a"], ["h", "i"]) == [("a", "h"), ("a", "i")]
@@ -87,21 +90,31 @@ def test_hints_have_eight_pixels_a_latent(tmp_path: Path) -> None:
     edges = np.zeros((64, 64), np.uint8)
     edges[8:16, 8:16] = 255
     Image.fromarray(edges).save(tmp_path / "edges.png")
-    model = SimpleNamespace(latent_factor=2)
-    found = hint_batch([Prompt("a", hint=tmp_path / "photo.png")], "canny", model, 16, 16)
+    photo, drawn = FileHint(tmp_path / "photo.png"), FileHint(tmp_path / "edges.png")
+
+    def batch(hint: FileHint | None, kind: str, width: int = 16) -> torch.Tensor:
+        return hint_batch([hint], HintKind(kind), SimpleNamespace(latent_factor=2), width, 16)
+
+    found = batch(photo, "canny")
     assert found.shape == (1, 3, 64, 64)
     assert set(found.unique().tolist()) == {0.0, 1.0}
     assert 0 < float(found.mean()) < 0.2  # lines, not the square
-    given = hint_batch([Prompt("a", hint=tmp_path / "edges.png")], "canny", model, 16, 16)
-    assert torch.equal(given[0, 0], torch.from_numpy(edges).float() / 255)  # edges stay what they are
-    segments = hint_batch([Prompt("a", hint=tmp_path / "photo.png")], "segm", model, 32, 16)
+    assert torch.equal(batch(drawn, "canny")[0, 0], torch.from_numpy(edges).float() / 255)  # edges stay what they are
+    segments = batch(photo, "segm", 32)
     assert segments.shape == (1, 3, 64, 128)
     assert len(segments[0].flatten(1).T.unique(dim=0)) == 2  # no colours between two that mean something
-    with pytest.raises(UsageError, match="has no hint, and others have"):
-        hint_batch([Prompt("a")], "segm", model, 16, 16)
+    with pytest.raises(UsageError, match="some prompts have a hint"):
+        batch(None, "segm")
     (tmp_path / "text.png").write_text("no picture")
     with pytest.raises(UsageError, match="is no picture that can be read"):
-        hint_batch([Prompt("a", hint=tmp_path / "text.png")], "segm", model, 16, 16)
+        batch(FileHint(tmp_path / "text.png"), "segm")
+
+
+def test_the_middle_of_a_picture_has_the_shape_that_is_asked_for() -> None:
+    pixels = np.zeros((20, 60, 3), np.uint8)
+    pixels[:, 20:40] = 255
+    assert bool((np.asarray(middle(Image.fromarray(pixels), (10, 10), exact=True)) == 255).all())
+    assert middle(Image.fromarray(pixels), (60, 10)).size == (60, 10)
 
 
 def test_the_sheet_shows_every_picture_and_runs_nothing(tmp_path: Path) -> None:
