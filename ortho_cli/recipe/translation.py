@@ -55,8 +55,9 @@ class Parallel(Section):
     packages: Annotated[tuple[Text, ...], Field(min_length=1)] = Field(
         default=("django",), description="Of catalogues: the packages, as they are imported; one side is English."
     )
-    vocabulary: Annotated[int, Field(ge=300)] = Field(
-        default=10_000, description="Pieces of words of each language (byte-pair encoding), padding and end included."
+    vocabulary: Annotated[int, Field(ge=258)] = Field(
+        default=10_000,
+        description="Pieces of words of each language (byte-pair encoding), with 256 bytes, padding and end.",
     )
     joint: bool = Field(default=False, description="One vocabulary for both languages instead of one each.")
     max_length: Count = Field(

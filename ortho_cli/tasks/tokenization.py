@@ -28,6 +28,7 @@ class Pieces:
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer = tokenizer
+        tokenizer.encode_special_tokens = True  # "</s>" in a text is text
 
     @classmethod
     def learn(cls, sentences: Iterable[str], size: int) -> Pieces:
