@@ -82,7 +82,7 @@ def drawing_model(source: Source, wanted: Weights) -> Iterator[Drawing]:
     if source.recipe is not None:
         if wanted.precision is not None or wanted.config is not None:
             raise UsageError("--precision and --config are for a base; a run has its own", hint="leave them out")
-        session = open_session(source.recipe, judging=True)
+        session = open_session(source.recipe, judging=True, drawing=True)
         state = find_checkpoint(source.folder, wanted.checkpoint)
         restore_for_judging(session, state)
         with session.for_judging():

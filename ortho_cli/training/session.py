@@ -124,12 +124,18 @@ class Session:
 
 
 def open_session(
-    recipe: Any, accelerator: Accelerator | None = None, *, judging: bool = False, kept: Path | None = None
+    recipe: Any,
+    accelerator: Accelerator | None = None,
+    *,
+    judging: bool = False,
+    drawing: bool = False,
+    kept: Path | None = None,
 ) -> Session:
     """Build task, model and methods of a recipe; no optimizer yet (see `prepare_training`).
 
     With `judging` a saved state follows and nothing is trained: what the run learnt from (a teacher, recorded norms)
-    is not read, and a base that has gone is not missed. `kept` is the folder of a run, for what its task keeps there.
+    is not read, and a base that has gone is not missed; with `drawing`, too, the data is not opened. `kept` is the
+    folder of a run, for what its task keeps there.
 
     Raises:
         OrthoError: what `open_accelerator`, the data, the base or a method's targets may raise.
@@ -144,7 +150,7 @@ def open_session(
     model, left_over = build_model(recipe, task, judging=judging)
     base = BaseWeights(model, recipe.model.base) if recipe.model.is_its_base and recipe.model.base else None
     made = [] if judging else gather(task, model, accelerator)
-    steps_per_epoch = min(task.steps_per_epoch, recipe.train.limit_batches or task.steps_per_epoch)
+    steps_per_epoch = 1 if drawing else min(task.steps_per_epoch, recipe.train.limit_batches or task.steps_per_epoch)
     total = recipe.train.steps or recipe.train.epochs * steps_per_epoch
     methods = [registry.resolve("methods", config.name)(config) for config in recipe.methods]
     context = Context(
