@@ -73,7 +73,6 @@ TABLES: dict[str, dict[str, str]] = {
         "text_to_image": "ortho_cli.training.generate_diffusion:MAKER",
         "dreambooth": "ortho_cli.training.generate_diffusion:MAKER",
         "control": "ortho_cli.training.generate_diffusion:CONTROL_MAKER",
-        "dreambooth": "ortho_cli.training.generate_diffusion:MAKER",
     },
     # What `evaluate` says of a task's outputs beyond its own metrics.
     "judges": {
