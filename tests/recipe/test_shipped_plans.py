@@ -53,6 +53,10 @@ COUNTS = {
     "sd15-control-segm-hra": (SD15 + HINTS, 895_488 + HINTS),
     "sd15-control-canny-hra": (SD15 + HINTS, 895_488 + HINTS),
     "sd15-control-landmark-hra": (SD15 + HINTS, 895_488 + HINTS),
+    "iwslt14-transformer": (11_890_448, 11_890_448),
+    "iwslt14-transformer-factorized": (11_890_448, 6_379_280),
+    "catalogues-translator-dense": (902_748, 902_748),
+    "catalogues-translator-factorized": (902_748, 513_180),
     "cifar10-resnet110-gor": (1_795_064, 1_795_064),  # the paper's model with its head of 1000 outputs
 }
 
