@@ -23,6 +23,8 @@ HRA = 4 * 16 * (64 + 64 + 64 + 256)  # 16 reflections on the inputs of the four 
 HEAD = 65 * 10
 SD15 = 859_520_964 + 83_653_863 + 123_060_480  # UNet, autoencoder, text encoder
 HINTS = 1_086_480  # the hint encoder of controllable generation
+TINY_LM = 164_544
+TINY_LM_HRA = 2 * 16 * (6 * 64 + 256)  # 16 reflections on the inputs of the seven layers of each of two blocks
 SOC = 64 * 64 * 9 - 64 * 3 * 9  # a filter from 64 channels to 64 in place of one from 3
 COUNTS = {
     "quickstart": (RESNET20, RESNET20),
@@ -57,6 +59,10 @@ COUNTS = {
     "iwslt14-transformer-factorized": (11_890_448, 6_379_280),
     "catalogues-translator-dense": (902_748, 902_748),
     "catalogues-translator-factorized": (902_748, 513_180),
+    "arithmetic-lm-pretrain": (TINY_LM, TINY_LM),
+    "arithmetic-lm-hra-finetune": (TINY_LM, TINY_LM_HRA),
+    "llama2-metamath-hra": (6_738_415_616, 64 * 4096 * 32),  # rank 32; the paper's 2,097,152 is rank 8
+    "llama-3.2-3b-metamath-hra": (3_212_749_824, 56 * 3072 * 32),
     "cifar10-resnet110-gor": (1_795_064, 1_795_064),  # the paper's model with its head of 1000 outputs
 }
 
