@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from training_runs import write
+from typer.testing import CliRunner
 
 from ortho_cli.checkpoints.adapters import read_adapter
+from ortho_cli.cli.app import app
 from ortho_cli.errors import RecipeError
 from ortho_cli.methods.adapter_layer import adapter_layers
 from ortho_cli.recipe.train import load_train
@@ -94,3 +97,31 @@ def test_what_the_adapter_cannot_be_is_refused_before_training(tmp_path: Path, b
     with pytest.raises(RecipeError, match=r"run\.export: peft: the recipe trains several adapters"):
         train(recipe)
     assert not (tmp_path / "run").exists()
+
+
+def test_exports_are_uploaded_with_the_run(tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    from huggingface_hub.utils import filter_repo_objects
+
+    sent: dict[str, Any] = {}
+
+    class Hub:
+        """Stands in for the hub's client."""
+
+        def create_repo(self, repo: str, **options: Any) -> None:
+            sent["repo"] = repo
+
+        def upload_folder(self, **options: Any) -> str:
+            sent.update(options)
+            return "https://hub/me/x"
+
+    monkeypatch.setattr(huggingface_hub, "HfApi", Hub)
+    monkeypatch.setattr(huggingface_hub, "get_token", lambda: "hf_token")
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    path = recipe_of(tmp_path, base, "[merged, peft]")
+    result = CliRunner().invoke(app, ["train", str(path), "--push-to-hub", "me/x", "-q"])
+    assert result.exit_code == 0, result.output
+    root = tmp_path / "run"
+    files = [file.relative_to(root).as_posix() for file in root.rglob("*") if file.is_file()]
+    kept = set(filter_repo_objects(files, ignore_patterns=sent["ignore_patterns"]))
+    assert {"export/merged/model.safetensors", "export/peft-adapter/adapter_config.json"} <= kept
