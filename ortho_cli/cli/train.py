@@ -34,6 +34,9 @@ def train(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change a key, e.g. methods.hra.rank=16; repeatable."),
     ] = None,
+    skip_bad: Annotated[
+        bool, typer.Option("--skip-bad", help="Leave out samples that are missing or broken (data.skip_bad).")
+    ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last complete checkpoint.")] = False,
     force: Annotated[
         bool, typer.Option("-f", "--force", help="Begin anew in a run folder that exists.", rich_help_panel=OUTPUT)
@@ -66,15 +69,16 @@ def train(
         raise UsageError("--dry-run writes nothing that --push-to-hub could upload", hint="leave one of them out")
     if push_to_hub:
         check_upload(push_to_hub)
+    sets = [*(sets or []), *(["data.skip_bad=true"] if skip_bad else [])]
     if dry_run:
-        _plan(recipe, sets or [], cell, resume=resume, force=force, as_json=as_json)
+        _plan(recipe, sets, cell, resume=resume, force=force, as_json=as_json)
         return
     from ortho_cli.training.cells import run_recipe
     from ortho_cli.training.live import live_view
     from ortho_cli.training.processes import is_first
 
     outcomes = run_recipe(
-        recipe, sets or [], resume=resume, force=force, cell=cell, debug_run=debug_run,
+        recipe, sets, resume=resume, force=force, cell=cell, debug_run=debug_run,
         observe=lambda title: live_view(title, hidden=quiet or as_json or not is_first()),
     )  # fmt: skip
     if not is_first():

@@ -178,9 +178,8 @@ def _checked(rows: Sequence[CaptionRow], skip_bad: bool, split: Split) -> Captio
     bad = [(row, found) for row, found in zip(rows, looked, strict=True) if isinstance(found, str)]
     if bad and not skip_bad:
         more = f" ({len(bad) - 1} more of {split} are bad too)" if len(bad) > 1 else ""
-        raise RecipeError(
-            f"{bad[0][1]}{more}", hint="leave bad samples out with data.skip_bad: true", where=bad[0][0].where
-        )
+        hint = "leave bad samples out: --skip-bad, or data.skip_bad: true"
+        raise RecipeError(f"{bad[0][1]}{more}", hint=hint, where=bad[0][0].where)
     kept = [(row, size) for row, size in zip(rows, looked, strict=True) if not isinstance(size, str)]
     if bad and not kept:
         raise RecipeError(f"no sample of {split} is left: {bad[0][1]}", where=bad[0][0].where)

@@ -175,6 +175,32 @@ def test_full_size_plans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert lines(hra % "sd15-attention")[0] == [(128, 795_648)]
 
 
+def test_bad_samples_stop_a_run_before_it_starts_or_are_left_out(tmp_path: Path) -> None:
+    from PIL import Image
+    from typer.testing import CliRunner
+
+    from ortho_cli.cli.app import app
+
+    (tmp_path / "set").mkdir()
+    for number in range(5):
+        Image.new("RGB", (20, 20), (40 * number, 0, 0)).save(tmp_path / "set" / f"{number}.png")
+        (tmp_path / "set" / f"{number}.txt").write_text(f"picture {number}")
+    (tmp_path / "set" / "5.txt").write_text("of no picture")
+    path = write(
+        tmp_path, "run", tmp_path, model="{name: stable-diffusion, size: tiny}", methods="[]",
+        data=f"{{name: caption-folder, path: {tmp_path / 'set'}, batch: 2, size: 16}}",
+        train="{steps: 1, threads: 1}", run="{dir: FOLDER}",
+    )  # fmt: skip
+    with pytest.raises(RecipeError, match="a caption without a picture") as caught:
+        train(load_train(path))
+    assert caught.value.exit_code == 3
+    assert not (tmp_path / "run").exists()
+    done = CliRunner().invoke(app, ["train", str(path), "--skip-bad", "--quiet"])
+    assert done.exit_code == 0, done.output
+    notes = json.loads((tmp_path / "run" / "outcome.json").read_text())["notes"]
+    assert any("1 bad samples are left out" in note and "5.txt: a caption without a picture" in note for note in notes)
+
+
 def test_sizes_must_fit_the_latents(base: Path, tmp_path: Path) -> None:
     wrong = write(tmp_path, "size", base, data="{name: skimage-captions, batch: 2, size: 18}")
     with pytest.raises(RecipeError, match=r"data\.size 18 is no multiple of 4"):
