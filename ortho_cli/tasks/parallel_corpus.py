@@ -6,10 +6,11 @@ other text than it began with is noticed.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -33,7 +34,7 @@ VOCABULARIES, TOLD = "vocabulary", "text.json"  # a run's folder of them, and of
 SIDES = ("source", "target")
 
 Batch = dict[str, Tensor]
-Told = dict[str, int]
+Told = dict[str, Any]
 
 
 class ParallelCorpus:
@@ -119,7 +120,7 @@ class ParallelCorpus:
     @property
     def steps_per_epoch(self) -> int:
         """Batches of an epoch. Sentences beyond the last multiple of eight are left out, the longest ones."""
-        return self._told.get("steps_per_epoch") or self._told_now()["steps_per_epoch"]
+        return int((self._told or self._told_now())["steps_per_epoch"])
 
     def cuts(self, split: Split, batch: int) -> list[tuple[int, int]]:
         """Where a split, sorted by length, is cut into batches of at most so many pieces."""
@@ -170,13 +171,18 @@ class ParallelCorpus:
         return ({**made, "pieces": total} for made, total in zip(found, totals[skip:], strict=True))
 
     def _told_now(self) -> Told:
-        """How much text there is."""
-        return {"steps_per_epoch": len(self.cuts("train", self.data.batch)), "pairs": len(self.samples("train"))}
+        """How much text there is to train on, and which."""
+        samples = self.samples("train")
+        digest = hashlib.sha256()
+        for part in (*samples.sources, *samples.targets):
+            digest.update(part.numpy().tobytes())
+        steps = len(self.cuts("train", self.data.batch))
+        return {"steps_per_epoch": steps, "pairs": len(samples), "pieces_sha256": digest.hexdigest()}
 
     def _check_text(self) -> None:
-        if self._told and self._told != self._told_now():
+        if self._told and self._told != (now := self._told_now()):
             raise RecipeError(
-                f"the training text is not that of the run: {self._told_now()['pairs']:,} pairs, when it began "
-                f"{self._told['pairs']:,}",
+                f"the training text is not that of the run: {now['pairs']:,} pairs, when it began "
+                f"{self._told['pairs']:,}; or others",
                 hint="begin another run, or restore the text (of catalogues: the versions of the packages)",
             )

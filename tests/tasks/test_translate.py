@@ -235,6 +235,11 @@ def test_what_a_run_keeps_serves_without_its_text(folder: Path, tmp_path: Path) 
     other.recall(tmp_path)
     with pytest.raises(RecipeError, match=r"the training text is not that of the run: .* when it began 73"):
         other.batches("train", 0, batch=200)
+    changed = task(folder, languages=("en", "de"))
+    changed.corpus._pairs["train"] = SENTENCES[1:73] + SENTENCES[:1]  # as many, in another order
+    changed.recall(tmp_path)
+    with pytest.raises(RecipeError, match="the training text is not that of the run"):
+        changed.batches("train", 0, batch=200)
     (tmp_path / "vocabulary" / "text.json").unlink()
     with pytest.raises(CheckpointError, match=r"text\.json cannot be read"):
         task(folder).recall(tmp_path)
