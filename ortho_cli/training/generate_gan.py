@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from ortho_cli import registry
 from ortho_cli.errors import UsageError
 from ortho_cli.tasks.gan_latents import codes, pairs, sefa_rotation, traversal
-from ortho_cli.tasks.picture_grid import save_grid
+from ortho_cli.tasks.picture_grid import grid, save_grid
+from ortho_cli.tasks.picture_video import check_video, save_video
 
 from .evaluate import find_checkpoint, restore_for_judging
 from .generate import Made, Maker, Progress, Source
@@ -28,6 +29,7 @@ __all__ = ["MAKER", "GANMaking", "Wanted"]
 
 PART = 64  # pictures at a time
 LABELS = "labels.npy"
+FRAMES = 48  # of a film from one end of a coordinate to the other; then it runs back
 # The published defaults: traversals and the pairs' shared noise are truncated, samples are not.
 NUMBER = {"pictures": 64, "traverse": 8}
 TRUNCATION = {"pictures": 1.0, "traverse": 0.7, "pairs": 1.0}
@@ -38,6 +40,7 @@ class Wanted:
     """What is to be made; the first line of the manifest.
 
     `kind` is `pictures`, `traverse` or `pairs`. `number`: pictures or pairs; of a traversal the rows of a grid.
+    `video`: of a traversal a film of each coordinate too, "mp4" or "gif".
     """
 
     kind: str
@@ -47,6 +50,13 @@ class Wanted:
     extent: float = 4.0
     truncation: float = 1.0
     sefa: bool = False
+    video: str | None = None
+
+    @property
+    def head(self) -> dict[str, Any]:
+        """What decides every file; more files may be asked for later."""
+        open_ended = ("video", "number") if self.kind == "pictures" else ("video",)
+        return {key: value for key, value in asdict(self).items() if key not in open_ended}
 
 
 def wanted_of(asked: Mapping[str, Any]) -> Wanted:
@@ -67,7 +77,11 @@ def wanted_of(asked: Mapping[str, Any]) -> Wanted:
     if pairs is not None and truncation is not None:
         raise UsageError("--truncation is for pictures and traversals; pairs have a fixed one", hint="leave it out")
     kind = "traverse" if asked.get("traverse") else "pairs" if pairs is not None else "pictures"
-    same = {key: asked[key] for key in ("seed", "steps", "extent", "sefa") if key in asked}
+    if asked.get("video") is not None:
+        if kind != "traverse":
+            raise UsageError("--video is of a traversal", hint="add --traverse")
+        check_video(asked["video"])
+    same = {key: asked[key] for key in ("seed", "steps", "extent", "sefa", "video") if key in asked}
     return Wanted(kind, pairs or number or NUMBER[kind], truncation=truncation or TRUNCATION[kind], **same)
 
 
@@ -93,7 +107,8 @@ class GANMaking:
             return {"kind": wanted.kind, "files": wanted.number + (wanted.kind == "pairs")}
         task = registry.resolve("tasks", recipe.task.name)(recipe.task, recipe.data, seed=recipe.train.seed)
         with torch.device("meta"):
-            return {"kind": wanted.kind, "files": len(task.build_model(recipe.model).generator.latents)}
+            latents = task.build_model(recipe.model).generator.latents
+        return {"kind": wanted.kind, "files": len(latents) * (1 if wanted.video is None else 2)}
 
     def make(self, output: Path, progress: Progress | None) -> Made:
         """Fill the folder.
@@ -104,10 +119,7 @@ class GANMaking:
         """
         session = open_session(self.source.recipe, judging=True)
         state = find_checkpoint(self.source.folder, self.checkpoint)
-        head = {**asdict(self.wanted), "run": self.source.folder.name, "checkpoint": state.name}
-        if self.wanted.kind == "pictures":
-            del head["number"]  # more of them may be asked for later
-        folder = OutputFolder(output, head)
+        folder = OutputFolder(output, {**self.wanted.head, "run": self.source.folder.name, "checkpoint": state.name})
         restore_for_judging(session, state)
         with session.for_judging() as model:
             generator: Any = model.get_submodule("generator")
@@ -121,9 +133,8 @@ class GANMaking:
         return Made(folder.made, folder.skipped, state.name, also=[folder.manifest.name])
 
 
-MAKER = Maker(
-    frozenset({"num", "traverse", "pairs", "checkpoint", "seed", "steps", "extent", "truncation", "sefa"}), GANMaking
-)
+OPTIONS = "num", "traverse", "pairs", "checkpoint", "seed", "steps", "extent", "truncation", "sefa", "video"
+MAKER = Maker(frozenset(OPTIONS), GANMaking)
 
 
 Make = Callable[[Path], None]
@@ -150,6 +161,8 @@ def _files(generator: Any, wanted: Wanted) -> Iterator[tuple[str, dict[str, Any]
                 {"coordinate": name, "values": values.tolist()},
                 _grid(pictures, moved, wanted.steps),
             )
+            if wanted.video is not None:
+                yield f"traverse_{name}.{wanted.video}", {"coordinate": name}, _film(pictures, held, column, wanted)
         return
     index = torch.arange(wanted.number)
     if wanted.kind == "pictures":
@@ -171,6 +184,17 @@ def _made(generator: nn.Module, noise: Tensor) -> Tensor:
 
 def _grid(pictures: Callable[[Tensor], Tensor], noise: Tensor, columns: int, *, enlarge: bool = True) -> Make:
     return lambda path: save_grid(pictures(noise), path, columns, enlarge=enlarge)
+
+
+def _film(pictures: Callable[[Tensor], Tensor], held: Tensor, column: int, wanted: Wanted) -> Make:
+    """All rows of a traversal at once, a value a frame, forth and back."""
+
+    def make(path: Path) -> None:
+        values = torch.linspace(-wanted.extent, wanted.extent, FRAMES)
+        frames = [grid(pictures(traversal(held, column, value[None]))) for value in values]
+        save_video([*frames, *frames[-2:0:-1]], path, wanted.video or "")
+
+    return make
 
 
 def _save(path: Path, values: Tensor) -> None:

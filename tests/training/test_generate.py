@@ -16,11 +16,14 @@ from typer.testing import CliRunner
 
 from ortho_cli import registry
 from ortho_cli.cli.app import app
+from ortho_cli.errors import UsageError
 from ortho_cli.models.eigengan import EigenGenerator
 from ortho_cli.models.gan_simple import SimpleGenerator
 from ortho_cli.recipe.train import load_train
 from ortho_cli.tasks import gan_latents
 from ortho_cli.tasks.gan_latents import codes, pairs, sefa_rotation
+from ortho_cli.tasks.picture_video import check_video
+from ortho_cli.training.generate_gan import FRAMES
 from ortho_cli.training.run import train
 
 SECTIONS = {
@@ -63,6 +66,34 @@ def test_traversals_are_grids_of_rows_and_steps(run: Path, tmp_path: Path) -> No
     assert (head["kind"], head["number"], head["seed"], head["run"]) == ("traverse", 3, 0, "run")
     assert [line["file"] for line in lines] == grids
     assert lines[0]["values"] == [-4.0, -2.0, 0.0, 2.0, 4.0]
+
+
+@pytest.mark.parametrize("kind", ["mp4", "gif"])
+def test_films_run_forth_and_back(run: Path, tmp_path: Path, kind: str) -> None:
+    imageio = pytest.importorskip("imageio.v3", reason="films are written by imageio")
+    words = ("generate", run, "--traverse", "--num", 3, "-o", tmp_path / "t", "--json")
+    assert ortho(*words)[0] == 0
+    code, out = ortho(*words, "--video", kind)
+    assert code == 0, out
+    assert json.loads(out)["totals"] == {"made": 4, "skipped": 4}  # the grids were there
+    frames = list(imageio.imiter(tmp_path / "t" / f"traverse_L1_D0.{kind}"))
+    assert len(frames) == 2 * FRAMES - 2
+    assert frames[0].shape[:2] == (66, 66)  # three pictures of 32 in a square, with gaps, and even
+    middle = frames[FRAMES - 1]
+    apart = [float(np.abs(np.float32(frame) - np.float32(middle)).mean()) for frame in (frames[0], frames[FRAMES])]
+    assert apart[1] < apart[0], "neighbours in the film are neighbours in the code"
+    assert json.loads(ortho(*words, "--video", kind, "-n")[1])["files"] == 8
+
+
+def test_films_need_a_traversal_and_their_library(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code, out = ortho("generate", run, "--video", "mp4", "-o", tmp_path / "t")
+    assert (code, "--video is of a traversal" in out) == (2, True)
+    code, out = ortho("generate", run, "--traverse", "--video", "avi", "-o", tmp_path / "t")
+    assert (code, "avi" in out) == (2, True)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="--video gif needs imageio") as caught:
+        check_video("gif")
+    assert caught.value.hint == "pip install 'imageio[ffmpeg]'"
 
 
 def test_a_killed_job_goes_on_and_makes_the_same(run: Path, tmp_path: Path) -> None:
