@@ -25,7 +25,10 @@ __all__ = ["CARD", "DATASETS", "TASK_TYPES", "card_text"]
 
 CARD = "README.md"
 # The hub's words for our tasks, and the metrics that it knows.
-TASK_TYPES = {"classify": "image-classification", "glue": "text-classification", "forecast": "time-series-forecasting"}
+TASK_TYPES = {
+    "classify": "image-classification", "glue": "text-classification", "forecast": "time-series-forecasting",
+    "instruct": "text-generation",
+}  # fmt: skip
 HUB_METRICS = {"accuracy", "f1", "precision", "recall", "bleu", "perplexity", "rouge", "mse", "mae"}
 # Where the sets that recipes name by a short word are on the hub; others say it in data.source.
 DATASETS = {
@@ -39,6 +42,11 @@ DATASETS = {
     "lsun-church": "tglcourse/lsun_church_train",
     "ffhq": "merkol/ffhq-256",
     "anime-faces": "DrishtiSharma/Anime-Face-Dataset",
+    "metamathqa": "meta-math/MetaMathQA",
+    "metamathqa-40k": "meta-math/MetaMathQA-40K",
+    "gsm8k": "openai/gsm8k",
+    "math": "EleutherAI/hendrycks_math",
+    "math-500": "HuggingFaceH4/MATH-500",
     **dict.fromkeys(("etth1", "etth2", "ettm1", "ettm2"), "AutonLab/Timeseries-PILE"),
 }
 FACTORED = "factors"  # in what methods with factors export
@@ -76,9 +84,11 @@ def _front_matter(run: Run, adapters: list[Path]) -> str:
     task_type = TASK_TYPES.get(recipe.task.name, recipe.task.name)
     finals = {name: series.final for name, series in run.metrics.items() if name.startswith("eval/")}
     measured = {name: value for name, value in finals.items() if math.isfinite(value)}
+    judged = data.name if getattr(data, "judge", "own") not in DATASETS else data.judge  # perhaps on another set
+    judged_id = (dataset if judged == data.name else DATASETS[judged]) or data.name
     results = [
         EvalResult(
-            task_type=task_type, dataset_type=dataset or data.name, dataset_name=data.name, metric_type=tail(name),
+            task_type=task_type, dataset_type=judged_id, dataset_name=judged, metric_type=tail(name),
             metric_value=value, metric_name=metric_title(name),
         )
         for name, value in measured.items()

@@ -189,11 +189,13 @@ def test_runs_are_found_below_folders_and_once(tmp_path: Path) -> None:
 
 def test_sets_are_named_as_the_tasks_name_them() -> None:
     from ortho_cli.tasks.image_specs import SPECS as PICTURES
+    from ortho_cli.tasks.instruct_specs import SPECS as PAIRS
     from ortho_cli.tasks.series_specs import SPECS as SERIES
 
     pictures = {name: spec.hub.id for name, spec in PICTURES.items() if spec.hub is not None}
     series = {name: spec.hub.partition(":")[0] for name, spec in SERIES.items() if spec.hub is not None}
-    assert pictures | series == DATASETS
+    pairs = {name: spec.hub for name, spec in PAIRS.items() if spec.hub is not None}
+    assert pictures | series | pairs == DATASETS
 
 
 @pytest.mark.parametrize(

@@ -193,3 +193,36 @@ def test_the_recipe_of_the_run_says_what_it_was(trained: Path) -> None:
     found = load_train(trained / "recipe.yaml")
     assert found.task.name == "instruct"
     assert (trained / "export" / "hra" / "adapter_config.json").is_file()
+
+
+def test_the_card_of_a_run_is_one_that_the_hub_reads(trained: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    card, run = ModelCard.load(trained / "README.md"), open_run(trained)
+    assert (card.data.pipeline_tag, card.data.library_name) == ("text-generation", "peft")
+    assert card.data.metrics == ["accuracy", "perplexity"]
+    results = {result.metric_type: result for result in card.data.eval_results}
+    for name in ("accuracy", "loss", "perplexity", "answered_share"):
+        assert results[name].metric_value == run.metrics[f"eval/{name}"].final
+        assert (results[name].task_type, results[name].dataset_name) == ("text-generation", "arithmetic")
+
+
+def test_a_card_names_the_set_that_was_judged_on(tmp_path: Path, trained: Path) -> None:
+    import shutil
+
+    from huggingface_hub import ModelCard
+
+    from ortho_cli.analysis.model_card import card_text
+
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    text = (run / "recipe.yaml").read_text("utf-8").replace("name: arithmetic", "name: metamathqa")
+    (run / "recipe.yaml").write_text(
+        text.replace("judge: own", "judge: gsm8k")
+        .replace("samples: 160", "samples: 4000")
+        .replace("text: 0.2", "text: 0.0"),
+        "utf-8",
+    )
+    card = ModelCard(card_text(open_run(run)))
+    assert card.data.datasets == ["meta-math/MetaMathQA"]
+    assert {(each.dataset_name, each.dataset_type) for each in card.data.eval_results} == {("gsm8k", "openai/gsm8k")}
