@@ -42,6 +42,8 @@ class Task(ABC):
     """Each has an optimizer of its own."""
     judged: str = ""
     """The part of the model whose weights are averaged and then judged; empty: all of it."""
+    splits: tuple[str, ...] = ("val", "train")
+    """Parts of the data by which a state can be judged."""
     metrics: tuple[str, ...] = ()
     """Names that `evaluate` may give; empty: not known beforehand."""
 

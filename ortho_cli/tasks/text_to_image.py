@@ -47,6 +47,7 @@ class TextToImageTask(Task):
     """
 
     metrics = ("loss",)
+    splits = ("val",)
 
     def __init__(self, task: TextToImage, data: CaptionedPictures, *, seed: int) -> None:
         super().__init__(task, data, seed=seed)

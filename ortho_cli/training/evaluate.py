@@ -71,6 +71,12 @@ def evaluate_run(
     """
     check_choice("--split", split, SPLITS)
     run = open_run(folder)
+    splits = registry.resolve("tasks", run.recipe.task.name).splits
+    if split not in splits:
+        raise UsageError(
+            f"--split {split}: the task {run.recipe.task.name} is judged by {', '.join(splits)} only",
+            hint="leave --split out",
+        )
     _check_sets(sets)
     whole = ["train.limit_batches=null"]  # the run's limit was for its own time; this one may be set
     plain = ["data.augment=[]"] if split == "train" and hasattr(run.recipe.data, "augment") else []

@@ -12,7 +12,7 @@ import torch
 from training_runs import assert_same_runs, die_at, lines_of, ortho
 
 from ortho_cli.checkpoints.store import open_checkpoint
-from ortho_cli.errors import CheckpointError, RecipeError
+from ortho_cli.errors import CheckpointError, RecipeError, UsageError
 from ortho_cli.recipe.train import load_train
 from ortho_cli.training.dry_run import describe
 from ortho_cli.training.evaluate import evaluate_run
@@ -74,6 +74,8 @@ def test_a_killed_run_goes_on_bit_for_bit(base: Path, tmp_path: Path) -> None:
     assert {name.rpartition(".")[2] for name in names} == {"lora_A", "lora_B"}
     found = json.loads((state / "state.json").read_text())["base"]
     assert found["source"] == str(base)
+    with pytest.raises(UsageError, match="is judged by val only"):
+        evaluate_run(tmp_path / "whole", split="train")
     judged = evaluate_run(tmp_path / "whole", sets=["train.threads=1"])
     assert judged.metrics["loss"] == pytest.approx(lines_of(tmp_path / "whole", "eval/loss")[-1], rel=1e-6)
 
