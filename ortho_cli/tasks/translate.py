@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ortho_cli import registry
-from ortho_cli.methods.inject import inner_model
 
 from .beam_search import Translation, beam_search
 from .image_specs import Split
@@ -110,6 +110,8 @@ class TranslateTask(Task):
         Sums over pieces and counts of n-grams are added up over processes, so the result does not depend on how the
         part was shared out.
         """
+        if isinstance(model, DistributedDataParallel):
+            model = model.module  # processes decode batches of their own, in as many steps as each takes
         was_training = model.training
         model.eval()
         sums: Tensor | None = None
@@ -141,7 +143,7 @@ class TranslateTask(Task):
     def search(self, model: nn.Module, source: Tensor) -> list[Translation]:
         """What beam search finds for sources `(B, S)`, as the recipe says."""
         config: Translate = self.config
-        decoder: Any = inner_model(model)
+        decoder: Any = model.module if isinstance(model, DistributedDataParallel) else model
         return beam_search(
             decoder, source, beam=config.beam, end=END, padding=PADDING, limit=config.max_length,
             length_penalty=config.length_penalty,
