@@ -84,7 +84,8 @@ def _front_matter(run: Run, adapters: list[Path]) -> str:
     task_type = TASK_TYPES.get(recipe.task.name, recipe.task.name)
     finals = {name: series.final for name, series in run.metrics.items() if name.startswith("eval/")}
     measured = {name: value for name, value in finals.items() if math.isfinite(value)}
-    judged = data.name if getattr(data, "judge", "own") not in DATASETS else data.judge  # perhaps on another set
+    other = getattr(data, "judge", "")  # perhaps on another set
+    judged = other if other in DATASETS else data.name
     judged_id = (dataset if judged == data.name else DATASETS[judged]) or data.name
     results = [
         EvalResult(
