@@ -52,6 +52,7 @@ COUNTS = {
     "animeface-eigengan-nog": (10_262_529 + 8_915_985,) * 2,
     "celeba-gan128-nog": (28_416_579 + 27_927_361,) * 2,
     "lsun-church-gan128-nog": (28_416_579 + 27_927_361,) * 2,
+    "dsprites-gan-orojar": (2_869_313 + 6_950_721,) * 2,
     "sd15-control-segm-hra": (SD15 + HINTS, 895_488 + HINTS),
     "sd15-control-canny-hra": (SD15 + HINTS, 895_488 + HINTS),
     "sd15-control-landmark-hra": (SD15 + HINTS, 895_488 + HINTS),
