@@ -6,6 +6,8 @@ strictly: exactly 1,308 names, `control_model.*` and `logvar` among them, no EMA
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from ortho_cli.checkpoints import layouts
 from ortho_cli.checkpoints.store import Checkpoint
 from ortho_cli.checkpoints.writer import Piece
@@ -13,7 +15,9 @@ from ortho_cli.errors import CheckpointError
 
 from .ldm_buffers import CONTROL_SHAPES, control_tensors, ldm_only_pieces
 
-__all__ = ["control_pieces", "foreign_names", "has_hra", "hra_layers", "is_sd15_ldm", "plain_names"]
+__all__ = [
+    "control_pieces", "foreign_names", "has_hra", "hra_layers", "is_sd15_ldm", "plain_names", "without_reflections",
+]  # fmt: skip
 
 
 def hra_layers(checkpoint: Checkpoint) -> list[str]:
@@ -25,6 +29,21 @@ def has_hra(checkpoint: Checkpoint) -> bool:
     """Whether a checkpoint holds a Householder adapter inside, beside the weights it acts on."""
     names = checkpoint.tensors
     return any(f"{x}.fixed_linear.weight" in names or f"{x}.weight" in names for x in hra_layers(checkpoint))
+
+
+def without_reflections(checkpoint: Checkpoint) -> Checkpoint:
+    """A checkpoint seen without the Householder adapter that it holds: plain names for the same bytes, none is read.
+
+    Raises:
+        CheckpointError: reflections without a weight.
+    """
+    plain = plain_names(checkpoint)
+    kept = {name: plain.get(name, name) for name in checkpoint.tensors if not name.endswith(".hra_u")}
+    files = tuple(
+        replace(file, tensors=tuple(kept[name] for name in file.tensors if name in kept)) for file in checkpoint.files
+    )
+    tensors = {called: replace(checkpoint.tensors[name], name=called) for name, called in kept.items()}
+    return replace(checkpoint, files=files, tensors=tensors)
 
 
 def plain_names(checkpoint: Checkpoint) -> dict[str, str]:

@@ -63,12 +63,12 @@ def check_exports(session: Session) -> None:
                     notes = list(getattr(method, "notes", ()))
                     method.export(session.model, adapters[-1])
                     method.notes = notes  # type: ignore[attr-defined]  # it tells them again at the end
-            for form in forms:
-                try:
-                    with ExportSource(session.recipe, adapters, Path(scratch)) as source:
+            with ExportSource(session.recipe, adapters, Path(scratch)) as source:
+                for form in forms:
+                    try:
                         write_form(source, form, Path(scratch) / PLACES[form], dry_run=True)
-                except OrthoError as error:
-                    raise RecipeError(f"run.export: {form}: {error.message}", hint=error.hint) from error
+                    except OrthoError as error:
+                        raise RecipeError(f"run.export: {form}: {error.message}", hint=error.hint) from error
 
     on_main(session.accelerator, check)
 

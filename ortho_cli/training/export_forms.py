@@ -1,7 +1,6 @@
 """The forms of `run.export`: a run's adapter for other tools, made by the functions behind `ortho convert` and `merge`.
 
-An adapter on a base that holds reflections itself takes their place: such a base is first written without them, beside
-the exports, and removed again.
+An adapter on a base that holds reflections itself takes their place.
 """
 
 from __future__ import annotations
@@ -25,8 +24,8 @@ from ortho_cli.checkpoints.store import open_checkpoint, read_json
 from ortho_cli.errors import RecipeError
 from ortho_cli.recipe.exports import DIFFUSION
 from ortho_cli.surgery.convert_adapter import plan_convert_adapter, without_hint_encoder
-from ortho_cli.surgery.convert_checkpoint import plan_base, plan_diffusers, plan_ldm
-from ortho_cli.surgery.hra_repo import has_hra, is_sd15_ldm
+from ortho_cli.surgery.convert_checkpoint import plan_diffusers, plan_ldm
+from ortho_cli.surgery.hra_repo import has_hra, is_sd15_ldm, without_reflections
 from ortho_cli.surgery.merge import plan_merge
 from ortho_cli.surgery.plan import Plan, run
 
@@ -73,6 +72,11 @@ class ExportSource:
         return bool(self.recipe.model.kind == DIFFUSION)
 
     @property
+    def config(self) -> str | None:
+        """Where the tokenizer of a bare file is."""
+        return getattr(self.recipe.model, "config", None)
+
+    @property
     def base_id(self) -> str | None:
         """The base's hub id; where a base lies on this disk is nobody else's business."""
         base = self.recipe.model.base
@@ -102,10 +106,7 @@ class ExportSource:
             return None
         checkpoint, tensors = open_base(self.recipe.model.base)
         checkpoint = replace(checkpoint, tensors=tensors)
-        if not has_hra(checkpoint):
-            return checkpoint
-        plain = self.room() / checkpoint.root.with_suffix("").name
-        return written(plan_base(checkpoint, plain.with_suffix(".safetensors") if checkpoint.kind == "file" else plain))
+        return without_reflections(checkpoint) if has_hra(checkpoint) else checkpoint
 
     def room(self) -> Path:
         """A new folder that is gone when the forms are made."""
@@ -163,15 +164,12 @@ def _merged(source: ExportSource, form: str, output: Path, *, dry_run: bool) -> 
     adapter = source.adapter if form == "merged" or (form == "merged-ldm" and is_file) else alone
     if form == "merged" or (form == "merged-ldm" and is_file) or (form == "merged-diffusers" and not is_file):
         return plan_merge(base, [adapter], output)
-    if dry_run:  # the names are the base's, folded or not
-        merged = base
-        plan_merge(base, [adapter], source.room() / "merged.safetensors" if is_file else source.room() / "merged")
-    else:
-        room = source.room()
-        merged = written(plan_merge(base, [adapter], room / "merged.safetensors" if is_file else room / "merged"))
-    if form == "merged-ldm":
-        return plan_ldm(merged, output)
-    return plan_diffusers(merged, output, source.recipe.model.config)
+    room = source.room()
+    first = plan_merge(base, [alone], room / "merged.safetensors" if is_file else room / "merged")
+    merged = base if dry_run else written(first)  # the names are the base's, folded or not
+    plan = plan_ldm(merged, output) if form == "merged-ldm" else plan_diffusers(merged, output, source.config)
+    plan.notes = list(dict.fromkeys([*first.notes, *plan.notes]))
+    return plan
 
 
 def _peft_folder(source: ExportSource, output: Path, *, dry_run: bool) -> list[str]:

@@ -92,8 +92,11 @@ def test_a_run_that_went_on_with_the_bases_adapter_resumes_by_its_own_recipe(
     monkeypatch.chdir(work)
     (method,) = load_train("runs/canny/recipe.yaml").methods
     assert not {"rank", "targets", "side"} & method.model_fields_set
-    ortho("train runs/canny/recipe.yaml --resume --set run.export=[merged-ldm,diffusers-lora]")
-    assert (work / "runs" / "canny" / "export" / "diffusers-lora").is_dir()
+    ortho("train runs/canny/recipe.yaml --resume --set run.export=[merged-ldm,merged-diffusers,diffusers-lora,peft]")
+    exports = work / "runs" / "canny" / "export"
+    assert not any(name.startswith("control_model") for name in open_checkpoint(exports / "merged-diffusers").tensors)
+    told = json.loads((work / "runs" / "canny" / "outcome.json").read_text())["notes"]
+    assert sum("the hint encoder (control_model.*) is left out" in note for note in told) == 3
 
 
 def test_the_merged_file_draws_to_hints_as_the_run_does(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,8 +107,10 @@ def test_the_merged_file_draws_to_hints_as_the_run_does(work: Path, monkeypatch:
     merged = "runs/canny/export/merged-ldm.safetensors --config sd15"
     ortho(f"generate runs/canny {words} {hint} -o run-hint")
     ortho(f"generate {merged} {words} {hint} -o file-hint")
+    ortho(f"generate v1-5.safetensors --config sd15 --adapter runs/canny/export/hra {words} {hint} -o adapter-hint")
     ortho(f"generate runs/canny {words} -o run-plain")
     assert apart("run-hint", "file-hint") <= 1
+    assert apart("run-hint", "adapter-hint") <= 1
     assert apart("run-hint", "run-plain") > 1
 
 
