@@ -64,6 +64,9 @@ COUNTS = {
     "arithmetic-lm-hra-finetune": (TINY_LM, TINY_LM_HRA),
     "llama2-metamath-hra": (6_738_415_616, 64 * 4096 * 32),  # rank 32; the paper's 2,097,152 is rank 8
     "llama-3.2-3b-metamath-hra": (3_212_749_824, 56 * 3072 * 32),
+    "tiny-sd-pretrain": (268_899, 203_204),  # the UNet trains
+    "tiny-sd-lora-gor": (268_899, 5_504),
+    "sd15-lora-gor-pokemon": (859_520_964 + 83_653_863 + 123_060_480, 797_184),
     "cifar10-resnet110-gor": (1_795_064, 1_795_064),  # the paper's model with its head of 1000 outputs
 }
 
