@@ -203,6 +203,17 @@ def test_bad_samples_that_are_left_out_are_told(tmp_path: Path) -> None:
     assert "1 bad samples of train are left out" in told[0]
 
 
+def test_the_shipped_twin_trains_and_shows_samples(tmp_path: Path) -> None:
+    changes = ["model.base=null", "model.size=tiny", "train.steps=2", "train.eval_every_steps=2", "task.steps=2"]
+    places = [f"run.dir={tmp_path / 'twin'}", "run.samples_every_steps=2", "run.save_every_steps=2", "run.log_every=1"]
+    train(load_train("tiny-sd-control-canny-hra", [*changes, *places]))
+    from PIL import Image
+
+    with Image.open(tmp_path / "twin" / "samples" / "step-000002" / "samples.png") as sheet:
+        assert sheet.size == (3 * 32 + 2, 2 * 32 + 1)  # two rows of hint, drawn and real picture, enlarged
+    assert len(lines_of(tmp_path / "twin", "eval/loss")) == 1
+
+
 def test_evaluate_draws_to_the_hints_where_it_is_asked(tmp_path: Path) -> None:
     sections = {**SECTIONS, "train": "{steps: 1, threads: 1}", "run": "{dir: FOLDER, save_every_steps: 1}"}
     train(load_train(write(tmp_path, "run", **sections)))
