@@ -54,7 +54,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "hra": {
         "rank": 8, "targets": "auto", "exclude": [], "side": "input", "gram_schmidt": False, "start": "identity",
         "penalty": 0.0, "penalty_form": "squared", "bias": "none", "adapter": None, "eps": 0.0, "lr": None, "rates": {},
-        "modules_to_save": [],
+        "modules_to_save": [], "compat": None,
     },
     "lora": {
         "rank": 8, "alpha": None, "rslora": False, "targets": "auto", "exclude": [], "dropout": 0.0, "adapter": None,
@@ -66,7 +66,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "peft": {"config": {"peft_type": "OFT"}},
     "factorized": {
         "rank": None, "rank_scale": 0.1, "target_ratio": None, "targets": "auto", "exclude": [], "spectral": True,
-        "square": False, "form": "factors", "plain_start": None, "compat": None,
+        "attention": False, "square": False, "form": "factors", "plain_start": None, "compat": None,
     },
     "normalize": {"mode": "record", "source": None},
     "oialr": {
@@ -104,7 +104,7 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 }
 SCHEDULES: dict[str, dict[str, Any]] = {
     "constant": {}, "linear": {"hold": 0.0}, "cosine": {"floor": 0.0, "k_decay": 1.0},
-    "multistep": {"at": [1], "factor": 0.1}, "inverse-sqrt": {}, "one-cycle": {},
+    "multistep": {"at": [1], "factor": 0.1}, "inverse-sqrt": {"hold": 0}, "one-cycle": {},
 }  # fmt: skip
 TRAIN = {
     "epochs": 2, "steps": None, "seed": 0, "precision": "fp32", "accumulate": 1, "clip": None, "ema": None,
@@ -209,10 +209,10 @@ def test_an_adapter_shapes_itself(tmp_path: Path) -> None:
     path = written(tmp_path, "methods: [{name: hra, adapter: a, bias: all}, {name: lora, adapter: b, rank: 4}]\n")
     hra, lora = load_train(path).methods
     assert hra.model_dump() == {
-        "name": "hra", "adapter": "a", "bias": "all", "lr": None, "penalty": 0.0, "penalty_form": "squared",
-        "modules_to_save": (),
+        "name": "hra", "adapter": "a", "bias": "all", "lr": None, "rates": {}, "penalty": 0.0,
+        "penalty_form": "squared", "modules_to_save": (), "compat": None,
     }  # fmt: skip
-    own = {"lr": None, "modules_to_save": ()}
+    own = {"lr": None, "rates": {}, "modules_to_save": ()}
     assert lora.model_dump() == {"name": "lora", "adapter": "b", "rank": 4, "dropout": 0.0, **own}
     assert load_train(written(tmp_path, "methods: [{name: hra, adapter: a, rank: 7}]\n")).methods[0].rank == 7
 
