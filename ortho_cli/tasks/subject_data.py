@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ortho_cli.errors import RecipeError, UsageError
 
@@ -38,7 +38,8 @@ class _Cat:
             import skimage.data
         except ImportError as error:
             raise UsageError("skimage-cat comes with scikit-image", hint="pip install scikit-image") from error
-        self.picture = Image.fromarray(skimage.data.chelsea())
+        pictures: Any = skimage.data
+        self.picture = Image.fromarray(pictures.chelsea())
 
     def __len__(self) -> int:
         return len(VIEWS)
