@@ -27,6 +27,9 @@ TINY_LM = 164_544
 TINY_LM_HRA = 2 * 16 * (6 * 64 + 256)  # 16 reflections on the inputs of the seven layers of each of two blocks
 SOC = 64 * 64 * 9 - 64 * 3 * 9  # a filter from 64 channels to 64 in place of one from 3
 COUNTS = {
+    "glue-deberta-v3-hra": (184_423_682, 663_552),  # the paper's 72 modules; the head does not train
+    "glue-deberta-v3-hra-matrix": (184_424_451, 663_552),  # MNLI has three classes
+    "docstrings-minilm-comparison": (22_716_681, 8 * 6 * (5 * 384 + 1536) + 9 * 385),
     "quickstart": (RESNET20, RESNET20),
     "digits-resnet20-gor": (RESNET20, RESNET20),
     "digits-resnet20-plain": (RESNET20, RESNET20),
