@@ -40,6 +40,8 @@ class Parallel(Section):
     """Sentences in two languages: a known set, two text files a part, or the messages of installed packages."""
 
     kind: ClassVar[str] = KIND
+    batch_unit: ClassVar[str] = "pieces"
+    """What `batch` counts, where it is not samples."""
     name: Literal["iwslt14-de-en", "wmt14-de-en", "parallel-text", "catalogues"] = Field(
         description="The set; catalogues are messages of Python packages and need no other download."
     )

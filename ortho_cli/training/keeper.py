@@ -117,7 +117,9 @@ class Keeper:
             values |= {f"method/{name}/{key}": float(value) for key, value in method.scalars().items()}
         values["train/lr"] = self.session.learning_rate
         self._tell(values)
-        timing = {"steps_per_second": speed, "samples_per_second": speed * self.session.recipe.data.batch}
+        data = self.session.recipe.data
+        unit = getattr(data, "batch_unit", "samples")
+        timing = {"steps_per_second": speed, f"{unit}_per_second": speed * data.batch}
         if torch.cuda.is_available():
             timing["peak_gpu_bytes"] = float(torch.cuda.max_memory_allocated())
         if self._timing is not None:

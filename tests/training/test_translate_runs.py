@@ -86,6 +86,7 @@ def test_a_run_is_judged_without_the_text_it_learnt_from(run: Path) -> None:
     found = evaluate_run(run)
     assert found.metrics["bleu"] == pytest.approx(best, rel=1e-6)
     assert len(list(run.glob("samples/*/translations.txt"))) == 1
+    assert min(lines_of(run, "train/nll")) > 0 and "pieces_per_second" in (run / "timing.jsonl").read_text()
 
 
 def test_a_dry_run_counts_pieces_and_needs_no_text(tmp_path: Path) -> None:
