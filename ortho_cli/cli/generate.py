@@ -31,7 +31,7 @@ def generate(
         Path, typer.Option("-o", "--output", help="The folder to write; what is there is kept.", rich_help_panel=OUTPUT)
     ],
     prompt: Annotated[
-        list[str] | None, typer.Option("--prompt", metavar="TEXT", help="What to draw; repeatable.")
+        list[str] | None, typer.Option("--prompt", metavar="TEXT", help="What to draw, or to answer; repeatable.")
     ] = None,
     prompts: Annotated[
         Path | None,
@@ -50,7 +50,7 @@ def generate(
         ),
     ] = None,
     input: Annotated[
-        Path | None, typer.Option("--input", metavar="FILE", help="Text to translate, a sentence a line.")
+        Path | None, typer.Option("--input", metavar="FILE", help="To translate, or queries to answer: one a line.")
     ] = None,
     split: Annotated[
         str | None,

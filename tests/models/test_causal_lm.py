@@ -114,6 +114,19 @@ def test_fewer_bits_need_their_library(llama: Path, monkeypatch: pytest.MonkeyPa
     assert caught.value.hint == "pip install bitsandbytes"
 
 
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+@pytest.mark.filterwarnings("ignore:MatMul8bitLt")
+def test_adapters_train_on_weights_in_fewer_bits(bits: str, llama: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    model = build(section(llama, dtype="bf16", quantize=bits)).train()  # its CPU kernels for inference have no backward
+    torch.testing.assert_close(model(IDS).float(), build(section(llama))(IDS), atol=0.1, rtol=0.1)
+    ortho.add_adapter(model, rank=2)
+    model(IDS).float().logsumexp(-1).sum().backward()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert len(trained) == 4
+    assert all(parameter.grad is not None and parameter.grad.any() for parameter in trained)
+
+
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "transformers", None)
     with pytest.raises(UsageError, match="needs transformers"):
