@@ -17,11 +17,15 @@ __all__ = ["LPIPS", "load_lpips"]
 
 LPIPS = "LPIPS (VGG)"
 COMMAND = "pip install lpips torchvision, of the same build as torch"
-SIDE = 256  # larger pictures are averaged down to it, as StyleGAN's path length does
+SIDE = 256  # of StyleGAN's path length
 
 
-def load_lpips(device: torch.device) -> Distance:
+def load_lpips(device: torch.device, side: int = SIDE) -> Distance:
     """The distance of two batches of pictures in [-1, 1], in colour: ``(B,)``.
+
+    Args:
+        device: where it works.
+        side: larger pictures are averaged down to it.
 
     Raises:
         Missing: lpips or torchvision is not installed, or VGG's weights cannot be had.
@@ -38,11 +42,11 @@ def load_lpips(device: torch.device) -> Distance:
         ) from error
 
     def distance(first: Tensor, second: Tensor) -> Tensor:
-        found: Tensor = network(*(_reduced(each) for each in (first, second)))
+        found: Tensor = network(*(_reduced(each, side) for each in (first, second)))
         return found.flatten()
 
     return distance
 
 
-def _reduced(pictures: Tensor) -> Tensor:
-    return adaptive_avg_pool2d(pictures, SIDE) if pictures.shape[-1] > SIDE else pictures
+def _reduced(pictures: Tensor, side: int) -> Tensor:
+    return adaptive_avg_pool2d(pictures, side) if pictures.shape[-1] > side else pictures

@@ -6,8 +6,6 @@ of the manifest, picture by picture, so that no picture is scored against anothe
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
@@ -16,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .evaluation import Missing, Skipped
+from .perceptual import load_lpips
 from .picture_features import HubNetwork, as_unit, resized
 from .picture_folder import PictureFolder
 from .picture_metrics import PictureOptions
@@ -77,15 +76,12 @@ def lpips_of_folders(
 
     HRA's table takes more of it as better, for diversity.
     """
-    for library in ("lpips", "torchvision"):
-        if importlib.util.find_spec(library) is None:
-            raise Missing(f"{library} is not installed", "pip install lpips torchvision, of the same build as torch")
-    network = importlib.import_module("lpips").LPIPS(net="vgg", verbose=False).to(options.device).eval()
+    distance = load_lpips(options.device, LPIPS_SIDE)
     references = [_signed(pictures.to(options.device)) for pictures in reference.batches(1)]
     total = 0.0
     for number, pictures in enumerate(generated.batches(1), start=1):
         picture = _signed(pictures.to(options.device))
-        total += sum(float(network(picture, other)) for other in references)
+        total += sum(float(distance(picture, other)) for other in references)
         options.say(f"lpips: {number:,} of {len(generated):,} pictures")
     return {"lpips": total / (len(generated) * len(references))}
 

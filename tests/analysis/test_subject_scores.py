@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -113,3 +117,31 @@ def test_what_is_missing_is_named_with_the_command_that_fetches_it(tmp_path: Pat
     assert not found
     assert [each.metric for each in skipped] == names
     assert skipped[0].command == "hf download facebook/dino-vits16"
+
+
+def test_lpips_is_a_mean_over_all_pairs_at_512_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[torch.Size] = []
+
+    class Difference(torch.nn.Module):
+        def __init__(self, net: str, verbose: bool) -> None:
+            super().__init__()
+            assert (net, verbose) == ("vgg", False)
+
+        def forward(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+            seen.append(first.shape)
+            return (first - second).abs().mean((1, 2, 3), keepdim=True)
+
+    for name in ("lpips", "torchvision"):
+        module: Any = ModuleType(name)
+        module.__spec__, module.LPIPS = ModuleSpec(name, None), Difference
+        monkeypatch.setitem(sys.modules, name, module)
+    for name, greys in (("made", (0, 255)), ("real", (0, 51))):
+        (tmp_path / name).mkdir()
+        for grey in greys:
+            Image.new("RGB", (20, 16), (grey,) * 3).save(tmp_path / name / f"{grey}.png")
+    found, skipped = measure_pictures(
+        open_folder(tmp_path / "made"), open_folder(tmp_path / "real"), ["lpips"], options()
+    )
+    assert not skipped
+    assert found["lpips"] == pytest.approx((0 + 0.4 + 2 + 1.6) / 4, abs=1e-5)
+    assert set(seen) == {torch.Size([1, 3, 512, 512])}
