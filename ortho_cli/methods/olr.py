@@ -31,7 +31,7 @@ class OLRMethod(MatrixMethod):
         super().__init__(config)
         self._accepted = 0
         self._steps = 0
-        self._shares: list[float] = []  # of the base rate, in the last step
+        self._shares: dict[str, list[float]] = {}  # of the base rate, in the last step of each phase
 
     def param_groups(self, model: nn.Module) -> list[dict[str, Any]]:
         """Each chosen parameter by itself, so that its rate is its own.
@@ -48,26 +48,30 @@ class OLRMethod(MatrixMethod):
         found = [olr(whole(p), whole(p.grad)) for p, _ in stepped if p.grad is not None]
         # One wait for the device, not one for each layer.
         optimal = torch.stack([each.to(found[0].device) for each in found]).tolist() if found else []
-        self._shares = []
+        shares = self._shares[phase] = []
         for (_, group), each in zip(stepped, optimal, strict=True):
             base = float(group["lr"])
             group["lr"], accepted = accepted_rate(each, base, self.config.floor)
             self._accepted, self._steps = self._accepted + accepted, self._steps + 1
-            self._shares.append(group["lr"] / base if base else 1.0)
+            shares.append(group["lr"] / base if base else 1.0)
 
     def scalars(self) -> dict[str, float]:
         """The share of steps that took the optimal rate so far, and the last step's rates over the base."""
         if not self._steps:
             return {}
         told = {"accepted": self._accepted / self._steps}
-        if self._shares:
-            told |= {"rate_mean": sum(self._shares) / len(self._shares), "rate_min": min(self._shares)}
+        if shares := [share for each in self._shares.values() for share in each]:
+            told |= {"rate_mean": sum(shares) / len(shares), "rate_min": min(shares)}
         return told
 
     def state(self) -> dict[str, Any]:
         """What was counted."""
-        return {"accepted": self._accepted, "steps": self._steps, "shares": list(self._shares)}
+        return {
+            "accepted": self._accepted,
+            "steps": self._steps,
+            "shares": {phase: list(each) for phase, each in self._shares.items()},
+        }
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Put it back."""
-        self._accepted, self._steps, self._shares = state["accepted"], state["steps"], list(state["shares"])
+        self._accepted, self._steps, self._shares = state["accepted"], state["steps"], dict(state["shares"])

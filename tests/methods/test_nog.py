@@ -217,3 +217,12 @@ def test_accepted_steps_are_counted_and_the_floor_holds() -> None:
     method.after_backward(model, optimizer, "train")
     assert [group["lr"] for group in optimizer.param_groups] == [LR] * 3  # no rate is optimal: everyone's
     assert method.scalars()["accepted"] == pytest.approx(2 / 6)
+
+
+def test_another_phase_leaves_the_rates_told() -> None:
+    model = layer()
+    method, optimizer = rates(model)
+    model.weight.grad = model.weight.detach() / 3 / (0.5 * LR)
+    method.after_backward(model, optimizer, "discriminator")
+    method.after_backward(model, torch.optim.SGD(layer().parameters(), LR), "generator")
+    assert method.scalars()["rate_mean"] == pytest.approx(0.5)
