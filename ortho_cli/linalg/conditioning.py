@@ -6,6 +6,7 @@ given. So the ends of the spectrum, the rank, the condition among what is resolv
 
 from __future__ import annotations
 
+from math import nan
 from typing import NamedTuple
 
 import torch
@@ -41,7 +42,8 @@ def conditioning(covariance: Tensor, ridge: float = 0.0, *, rounding: float = 0.
 
     Returns:
         Largest and smallest eigenvalue, the condition with the ridge, that among resolved eigenvalues without it, how
-        many these are, and the effective rank. Eigenvalues that are not resolved count as 0.
+        many these are, and the effective rank. Eigenvalues that are not resolved count as 0. All of it is not a number
+        where the covariance is not finite: activations in half precision may overflow, and training goes on.
 
     Cost: eigenvalues, `4 n^3 / 3` flops a block.
 
@@ -49,6 +51,8 @@ def conditioning(covariance: Tensor, ridge: float = 0.0, *, rounding: float = 0.
     >>> found.condition, found.condition_resolved, found.rank, round(found.effective_rank, 6)
     (9.0, 1.0, 2.0, 2.0)
     """
+    if not bool(covariance.isfinite().all()):
+        return Conditioning(nan, nan, nan, nan, nan, nan, ridge)
     values = torch.linalg.eigvalsh(covariance).flatten()
     resolved = values > max(RESOLVED, rounding**2) * values.max()
     values = torch.where(resolved, values, 0).clamp_min(0)

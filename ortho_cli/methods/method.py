@@ -23,6 +23,8 @@ class Context:
     base: str | None
     build: Callable[[Any], nn.Module] | None = None
     """Makes another model for the task, such as a teacher, from a `model` section; None where nothing trains."""
+    phases: tuple[str, ...] = ("train",)
+    """Of each step, in order."""
 
 
 class Method:

@@ -66,7 +66,8 @@ class TrackConditioningMethod(Method):
         self._measured_at = 0
         self._hooks: list[RemovableHandle] = []
         self._trains = False
-        self._step = 0  # the one to come
+        self._last_phase = ""
+        self._step = 0  # under way, or to come
 
     def chosen(self, model: nn.Module) -> dict[str, list[str]]:
         """The layers that each pattern of the recipe means."""
@@ -84,7 +85,7 @@ class TrackConditioningMethod(Method):
         Raises:
             TargetError: a pattern that matches nothing, or no layers.
         """
-        self._trains = context.build is not None
+        self._trains, self._last_phase = context.build is not None, context.phases[-1]
         self.layers = list(dict.fromkeys(name for names in self.chosen(model).values() for name in names))
         if not self.layers:
             raise TargetError(
@@ -138,10 +139,10 @@ class TrackConditioningMethod(Method):
             if ridge is None:
                 ridge = module.ridge if isinstance(module, Whitening) else 0.0
             self._found[name] = conditioning(sums.covariance(), ridge, rounding=sums.rounding)
-        self._step = step + 1
         if self._sums:
-            self._measured_at = self._step
+            self._measured_at = step + 1
         self._sums.clear()
+        self._step = step + (phase == self._last_phase)
         return False
 
     def scalars(self) -> dict[str, float]:
@@ -154,7 +155,7 @@ class TrackConditioningMethod(Method):
         return {MEASURED_AT: float(self._measured_at), **values}
 
     def state(self) -> dict[str, Any]:
-        """What was measured last, None for what is infinite, and where the run stands."""
+        """What was measured last, None for what is not finite, and where the run stands."""
         found = {name: [value if isfinite(value) else None for value in each] for name, each in self._found.items()}
         return {"step": self._step, MEASURED_AT: self._measured_at, "found": found}
 

@@ -156,6 +156,7 @@ def open_session(
     context = Context(
         recipe.train.seed, total, recipe.task.name, recipe.model.base,
         None if judging else lambda section: build_model(recipe.model_copy(update={"model": section}), task)[0],
+        task.phases,
     )  # fmt: skip
     for method in methods:
         method.prepare(model, context)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import pytest
@@ -163,6 +164,32 @@ def test_only_due_steps_are_measured_and_never_evaluation() -> None:
         measured.append(method.scalars() != before)
     assert measured == [True, False, True, False, False, True, False]
     assert method.scalars()["measured_at"] == 6
+
+
+def test_all_phases_of_a_step_are_due_together() -> None:
+    """A GAN's discriminator steps before its generator runs."""
+    model = nn.ModuleDict({"d": nn.Linear(4, 3), "g": nn.Linear(4, 3)})
+    method = TrackConditioningMethod(TrackConditioning(name="track_conditioning", targets=("d", "g"), every=3))
+    method.prepare(model, Context(0, 9, "gan", None, nn.Identity, ("d", "g")))
+    method.param_groups(model)
+    measured: dict[str, list[int]] = {"d": [], "g": []}
+    for index in range(7):
+        for phase, layer in model.items():
+            before = method.scalars()
+            layer(torch.randn(8, 4))
+            method.after_step(model, torch.optim.SGD(layer.parameters()), index, phase)
+            if method.scalars() != before:
+                measured[phase].append(int(method.scalars()["measured_at"]))
+    assert measured == {"d": [1, 3, 6], "g": [1, 3, 6]}
+
+
+def test_what_overflows_is_not_a_number_and_no_error() -> None:
+    model = network()
+    method = tracked(model, targets=["conv1"])
+    step(model, method, 0, torch.full((2, 3, 8, 8), float("inf")))
+    found = method.scalars()
+    assert found["measured_at"] == 1 and math.isnan(found["conv1/condition"]) and math.isnan(found["conv1/rank"])
+    json.dumps(method.state(), allow_nan=False)
 
 
 def test_the_rank_of_a_first_convolution_is_that_of_its_patches() -> None:
