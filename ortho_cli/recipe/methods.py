@@ -94,7 +94,7 @@ class HRA(_Adapter):
     )
     compat: Literal["llama"] | None = Field(
         default=None,
-        description="llama: with side: output and eps, start as HRA's LLaMA experiments do: short columns, no identity.",
+        description="llama: with side: output and eps, start as HRA's LLaMA runs do: short columns, no identity.",
     )
     shape: ClassVar[frozenset[str]] = _Adapter.shape | {"side", "gram_schmidt", "start", "eps"}
 
