@@ -131,7 +131,7 @@ VERBS = [
     ["sweep"], ["evaluate"], ["generate"], ["extract"], ["doctor"], ["demo"],
     ["bench"], ["bench", "surgery"], ["bench", "gor"], ["bench", "hra"],
     ["bench", "frobenius"], ["bench", "factorize"], ["bench", "polar"], ["bench", "stability"], ["bench", "oialr"],
-    ["bench", "whiten"], ["bench", "nog"], ["bench", "geometry"],
+    ["bench", "whiten"], ["bench", "nog"], ["bench", "geometry"], ["bench", "llm"],
     ["analyze"], ["analyze", "runs"], ["analyze", "spectrum"], ["analyze", "stability"],
     ["analyze", "orthogonality"], ["analyze", "adapter"], ["analyze", "conditioning"],
     ["recipe"], ["recipe", "list"], ["recipe", "show"], ["recipe", "check"], ["recipe", "schema"], ["recipe", "copy"],
