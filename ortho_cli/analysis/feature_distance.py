@@ -29,11 +29,15 @@ def fid(generated: Tensor, reference: Tensor) -> float:
     Returns:
         Not negative; biased upwards where ``n`` or ``m`` is not much above ``d``, so compare at equal numbers.
 
+    Raises:
+        Missing: one of them is of a single picture, which has no covariance.
+
     Reference: Heusel et al. 2017, arXiv:1706.08500, equation 6.
 
     >>> fid(torch.tensor([[0.0], [2.0]]), torch.tensor([[3.0], [5.0]]))
     9.0
     """
+    _check_numbers(generated, reference)
     (mean1, cov1), (mean2, cov2) = (_gaussian(each.double()) for each in (generated, reference))
     return float(frechet_distance(mean1, cov1, mean2, cov2))
 
@@ -47,10 +51,11 @@ def kid(generated: Tensor, reference: Tensor, seed: int = 0) -> float:
         seed: of the subsets; the random state of torch is put back.
 
     Raises:
-        Missing: torchmetrics is not installed.
+        Missing: torchmetrics is not installed, or one of them is of a single picture.
 
     Reference: Binkowski et al. 2018, arXiv:1801.01401, section 4.
     """
+    _check_numbers(generated, reference)
     if importlib.util.find_spec("torchmetrics") is None:
         raise Missing("torchmetrics is not installed", "pip install 'ortho-cli[eval]'")
     from torchmetrics.image.kid import KernelInceptionDistance
@@ -62,7 +67,7 @@ def kid(generated: Tensor, reference: Tensor, seed: int = 0) -> float:
     metric.update(reference.float(), real=True)
     metric.update(generated.float(), real=False)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         mean, _ = metric.compute()
     return float(mean)
 
@@ -88,8 +93,12 @@ class _AsGiven(torch.nn.Module):
         return features
 
 
+def _check_numbers(generated: Tensor, reference: Tensor) -> None:
+    for which, features in (("generated", generated), ("reference", reference)):
+        if len(features) < 2:
+            raise Missing(f"it needs two {which} pictures at least, found {len(features)}")
+
+
 def _gaussian(features: Tensor) -> tuple[Tensor, Tensor]:
-    if len(features) < 2:
-        raise ValueError(f"a covariance needs two pictures at least, found {len(features)}")
     width = features.shape[1]
     return features.mean(0), features.T.cov().view(width, width)  # of one feature torch gives a scalar

@@ -29,14 +29,14 @@ class Predictability:
 
     Attributes:
         score: the share of unseen pairs whose coordinate it tells.
-        by_coordinate: the same of each coordinate's pairs; not a number where it has none.
+        by_coordinate: the same of each coordinate's unseen pairs; None where it has none.
         seen: the share of the pairs it learnt from.
         trained: pairs it learnt from.
         tested: pairs it was judged by.
     """
 
     score: float
-    by_coordinate: tuple[float, ...]
+    by_coordinate: tuple[float | None, ...]
     seen: float
     trained: int
     tested: int
@@ -70,7 +70,7 @@ def variation_predictability(
     seen = torch.cat([differences(part) for part in torch.split(train, PART)])
     device = seen.device
     with torch.random.fork_rng(devices=[]), torch.enable_grad():
-        torch.manual_seed(seed)
+        torch.default_generator.manual_seed(seed)
         model = variation_classifier(seen.shape[1], latents).to(device)
         labels = changed[train].to(device)
         optimizer = torch.optim.Adam(model.parameters(), RATE)
@@ -88,7 +88,8 @@ def variation_predictability(
         right = torch.cat(
             [_is_right(model, differences(part), changed[part].to(device)) for part in torch.split(test, PART)]
         )
-    by = tuple(float(right[changed[test] == each].mean()) for each in range(latents))
+    of_each = (right[changed[test] == each] for each in range(latents))
+    by = tuple(float(each.mean()) if len(each) else None for each in of_each)
     return Predictability(float(right.mean()), by, float(known.mean()), count, len(test))
 
 

@@ -92,7 +92,7 @@ class VPMethod(Method):
             shape = generator.eval()(like.new_zeros(2, generator.noise_dim)).shape
         generator.train(training)
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(context.seed)
+            torch.default_generator.manual_seed(context.seed)
             self.classifier = variation_classifier(shape[1], shape[2], self.latents, self.config.width)
         self.optimizer = torch.optim.Adam(self.classifier.parameters(), betas=BETAS)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cached_property
-from itertools import islice
 from typing import Any
 
 import torch
@@ -65,13 +64,21 @@ class GANJudge(ModelJudge):
         count = self._number(PICTURES)
         noise = codes(self.drawing.seed, torch.arange(count), self.generator.noise_dim)
         made = self._embed((self.make(part) for part in torch.split(noise, PART)), count, "generated")
-        seen = (part for batch in self.batches() for part in torch.split(batch["image"], PART))
-        real = self._embed(islice(seen, -(-PICTURES // PART)), None, "real")
+        real = self._embed(self._real(), None, "real")
         self.notes.append(
             f"fid and kid: {len(made):,} generated pictures, {len(real):,} real ones, by the features of "
             f"{self.network.title}"
         )
         return made, real
+
+    def _real(self) -> Iterator[Tensor]:
+        """The first real pictures, at most as many as are published with; batches may have any size."""
+        left = PICTURES
+        for batch in self.batches():
+            yield from torch.split(batch["image"][:left], PART)
+            left -= len(batch["image"])
+            if left <= 0:
+                return
 
     def fid(self) -> dict[str, float]:
         """Of all features."""
@@ -143,7 +150,10 @@ class GANJudge(ModelJudge):
 
     def exactly(self, noise: Tensor) -> Tensor:
         """Pictures in colour, in float32 throughout: TF32 and bf16 would round away a step of a path."""
-        with torch.autocast(self.device.type, enabled=False), torch.backends.cudnn.flags(allow_tf32=False):
+        with (
+            torch.autocast(self.device.type, enabled=False),
+            torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
+        ):
             return _coloured(self.make(noise))
 
     def _distance(self, metric: str) -> Distance:
@@ -173,7 +183,8 @@ class GANJudge(ModelJudge):
         return min(published, self.drawing.number or published)
 
     def _draw(self, name: str, title: str, values: Any, label: str) -> None:
-        shown = sorted(zip(self.latents, values, strict=True), key=lambda pair: -pair[1])
+        known = [pair for pair in zip(self.latents, values, strict=True) if pair[1] is not None]
+        shown = sorted(known, key=lambda pair: -pair[1])
         names, lengths = zip(*shown, strict=True)
         self.parts.append(Bars(name, title, names, lengths, value_label=label))
 

@@ -66,7 +66,7 @@ def test_fid_is_that_of_scipy_and_of_torchmetrics() -> None:
 
 def test_fid_of_fewer_pictures_than_features_stays_real() -> None:
     assert fid(features(5, 12, 1), features(4, 12, 1)) >= 0
-    with pytest.raises(ValueError, match="two pictures"):
+    with pytest.raises(Missing, match="two generated pictures at least, found 1"):
         fid(features(1, 3, 1), features(4, 3, 1))
 
 

@@ -82,6 +82,18 @@ def test_every_metric_of_a_gan(runs: Path, tmp_path: Path) -> None:
     assert other["metrics"]["kid"] != found["metrics"]["kid"]
 
 
+def test_two_pairs_are_judged_and_written(runs: Path, tmp_path: Path) -> None:
+    found = evaluated(runs / "gan", tmp_path / "out", "--metrics", "vp_score", "--num", 2)
+    assert sorted(map(str, found["vp"]["by_coordinate"].values()))[1:] == ["None"] * 3  # the one unseen pair is of one
+
+
+def test_real_pictures_are_counted_whatever_the_batches(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(evaluate_gan, "PICTURES", 130)
+    judge = GANJudge.__new__(GANJudge)
+    judge.batches = lambda: iter([{"image": torch.zeros(50, 1, 2, 2)}] * 4)
+    assert [len(part) for part in judge._real()] == [50, 50, 30]
+
+
 def test_folders_of_the_same_pictures_give_the_same(runs: Path, tmp_path: Path) -> None:
     words = ("--features", runs / "classifier", "--metrics", "fid,kid")
     of_run = evaluated(runs / "gan", tmp_path / "run", *words, "--num", 40)
