@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ortho_cli.checkpoints import layouts, targets
-from ortho_cli.errors import OrthoError, TargetError
+from ortho_cli.errors import OrthoError, TargetError, UsageError
 from ortho_cli.linalg.starts import orthonormal_start, paired_start, soft_start
 
 from .adapter_layer import AdapterLayer, adapter_layers, base_of, geometry
@@ -17,6 +17,7 @@ from .families import automatic_patterns
 
 __all__ = [
     "Named",
+    "check_seen_once",
     "choose",
     "freeze",
     "initial_vectors",
@@ -161,6 +162,21 @@ def replace_modules(
         for key, child in list(owner._modules.items()):  # named_children names a shared one once
             if child is not None and id(child) in new:
                 setattr(owner, key, new[id(child)])
+
+
+def check_seen_once(model: nn.Module, name: str) -> None:
+    """Refuse a layer that changes with every batch it sees, inside a block that gradient checkpointing computes twice.
+
+    Raises:
+        UsageError: it is in one.
+    """
+    parts = name.split(".")
+    owners = (model.get_submodule(".".join(parts[:depth])) for depth in range(1, len(parts)))
+    if any("forward" in vars(owner) for owner in owners):
+        raise UsageError(
+            f"gradient checkpointing would show every batch to {name} twice",
+            hint="choose layers outside of the blocks, or leave train.checkpoint_gradients out",
+        )
 
 
 def freeze(model: nn.Module) -> None:

@@ -10,7 +10,7 @@ from torch import nn
 from ortho_cli.checkpoints.targets import select
 from ortho_cli.errors import CheckpointError, TargetError
 
-from .inject import layer_seed, named_layers, replace_modules
+from .inject import check_seen_once, layer_seed, named_layers, replace_modules
 from .method import Context, Method
 from .skew_conv_layer import SkewConv2d
 
@@ -80,6 +80,7 @@ class SOCMethod(Method):
 
         Raises:
             TargetError: a pattern that matches nothing, or a layer that cannot be replaced; with the reason.
+            UsageError: a layer inside a block that is computed twice, whose norms would be followed in between.
         """
         names = {name for layers in self.chosen(model).values() for name in layers}
         before = sum(parameter.numel() for parameter in model.parameters())
@@ -87,6 +88,7 @@ class SOCMethod(Method):
         for name, module in model.named_modules():
             if name not in names:
                 continue
+            check_seen_once(model, name)
             try:
                 if not name:
                     raise TargetError("the whole model: put it into an nn.Sequential")

@@ -15,7 +15,7 @@ from ortho_cli.checkpoints.targets import select
 from ortho_cli.errors import TargetError
 
 from .adapter_layer import AdapterLayer
-from .inject import layer_seed, named_layers
+from .inject import check_seen_once, layer_seed, named_layers
 from .method import Context, Method
 
 if TYPE_CHECKING:
@@ -44,11 +44,13 @@ class SpectralNormMethod(Method):
 
         Raises:
             TargetError: a pattern that matches nothing, or a layer without a weight of its own.
+            UsageError: a layer inside a block that is computed twice, whose norm would be followed in between.
         """
         names = {name for layers in self.chosen(model).values() for name in layers}
         for name, module in model.named_modules():
             if name not in names:
                 continue
+            check_seen_once(model, name)
             if isinstance(module, AdapterLayer) or "weight" not in module._parameters:
                 raise TargetError(
                     f"layer {name!r} is a {type(module).__name__}, which computes its weight from others",

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from ortho_cli.checkpoints.targets import select
-from ortho_cli.errors import TargetError, UsageError
+from ortho_cli.errors import TargetError
 
-from .inject import layer_seed, replace_modules
+from .inject import check_seen_once, layer_seed, replace_modules
 from .method import Context, Method
 from .whitening import Whitening
 
@@ -96,7 +96,7 @@ class WhitenMethod(Method):
         settings: dict[str, Any] = {key: getattr(config, key) for key in keys}
         new: dict[int, nn.Module] = {}
         for name in dict.fromkeys(name for names in self.chosen(model).values() for name in names):
-            _check_seen_once(model, name)
+            check_seen_once(model, name)
             norm = model.get_submodule(name)
             try:
                 made = whitening_of(norm, **settings)
@@ -141,13 +141,3 @@ def _as_published(layer: Whitening, seed: int) -> None:
     if layer.weight is not None and layer.bias is not None and not layer.weight.is_meta:
         layer.weight.copy_(torch.rand(layer.features, generator=torch.Generator().manual_seed(seed)))
         layer.bias.zero_()
-
-
-def _check_seen_once(model: nn.Module, name: str) -> None:
-    parts = name.split(".")
-    owners = (model.get_submodule(".".join(parts[:depth])) for depth in range(1, len(parts)))
-    if any("forward" in vars(owner) for owner in owners):
-        raise UsageError(
-            f"gradient checkpointing would show every batch to {name} twice",
-            hint="whiten norms outside of the blocks, or leave train.checkpoint_gradients out",
-        )

@@ -10,13 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from ortho_cli.errors import CheckpointError, TargetError
+from ortho_cli.errors import CheckpointError, TargetError, UsageError
 from ortho_cli.linalg.nog import as_matrix, nearest_orthogonal
 from ortho_cli.methods.matrix_parameters import matrix_parameters
 from ortho_cli.methods.method import Context, Method
 from ortho_cli.methods.skew_conv_layer import SkewConv2d
+from ortho_cli.models.resnet_cifar import CifarResNet
 from ortho_cli.recipe.methods import NOG, OLR, SOC, OrthogonalLoss, SpectralNorm
 from ortho_cli.registry import resolve
+from ortho_cli.training.recompute import recompute_activations
 
 CONTEXT = Context(seed=0, total_steps=10, task="classify", base=None)
 SECTIONS: dict[str, Any] = {
@@ -223,6 +225,16 @@ def test_other_orthogonal_convolutions_are_refused() -> None:
     own = method(network(), "soc")
     with pytest.raises(CheckpointError, match="other orthogonal convolutions: down"):
         own.load_state({"passes": {"stem": 3, "down": 3}})
+
+
+@pytest.mark.parametrize("kind", ON_MODELS)
+def test_what_changes_as_it_runs_is_not_computed_twice(kind: str) -> None:
+    """The norms would be followed between forward and its repetition, whose activations would be another layer's."""
+    model = CifarResNet(20, 10, norm="group")
+    recompute_activations(model)
+    method(model, kind, targets=("conv1",), exclude=("layer**",))  # outside of the blocks
+    with pytest.raises(UsageError, match=r"every batch to layer1\.0\.conv1 twice"):
+        method(model, kind, targets=("layer1.0.conv1",))
 
 
 def test_what_has_no_orthogonal_form_is_refused_with_the_reason() -> None:
