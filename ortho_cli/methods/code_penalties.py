@@ -49,7 +49,7 @@ class _CodePenalty(Method):
 
     def __init__(self, config: Hessian | OroJaR) -> None:
         super().__init__(config)
-        self.layers: list[nn.Module] = []
+        self.layers: list[str] = []  # by name: another method may put others there
 
     def prepare(self, model: nn.Module, context: Context) -> None:
         """Choose the layers.
@@ -61,7 +61,7 @@ class _CodePenalty(Method):
             raise TargetError(f"{self.name} is of a generator, and the task {context.task} has none", hint="remove it")
         chosen = self.chosen(model)
         names = {name for layers in chosen.values() for name in layers}
-        self.layers = [module for name, module in model.named_modules() if name in names]
+        self.layers = [name for name, _ in model.named_modules() if name in names]
 
     def chosen(self, model: nn.Module) -> dict[str, list[str]]:
         """The layers of the generator that each pattern of the recipe means."""
@@ -87,7 +87,7 @@ class _CodePenalty(Method):
             def catch(layer: nn.Module, inputs: Any, output: Tensor) -> None:
                 caught.append(at_least_float32(output, "output"))
 
-            hooks = [each.register_forward_hook(catch) for each in self.layers]
+            hooks = [model.get_submodule(name).register_forward_hook(catch) for name in self.layers]
             try:
                 generator(code)
             finally:

@@ -67,7 +67,7 @@ def test_a_method_is_of_the_generator_phase_and_its_layers(method: Any) -> None:
     torch.manual_seed(0)
     model = Pair()
     method.prepare(model, CONTEXT)
-    assert [type(layer).__name__ for layer in method.layers] == ["ConvTranspose2d"] * 3
+    assert method.layers == ["generator.project", "generator.convs.0", "generator.convs.1"]
     outputs = {"noise": torch.randn(4, 5), "signs": lambda count: signs(count, 4, 5).float()}
     assert method.penalty(model, {}, outputs, "discriminator") is None
     value = method.penalty(model, {}, outputs, "generator")
@@ -76,6 +76,19 @@ def test_a_method_is_of_the_generator_phase_and_its_layers(method: Any) -> None:
     assert model.generator.convs[0].weight.grad is not None
     assert model.generator.to_picture.weight.grad is None  # behind the chosen layers
     assert not model.generator.project._forward_hooks
+
+
+@pytest.mark.parametrize("method", METHODS, ids=["hessian", "orojar"])
+def test_a_layer_that_is_replaced_later_is_followed(method: Any) -> None:
+    torch.manual_seed(0)
+    model = Pair()
+    method.prepare(model, CONTEXT)
+    for name in ("0", "1"):
+        old = model.generator.convs.get_submodule(name)
+        model.generator.convs.register_module(name, nn.ConvTranspose2d(old.in_channels, old.out_channels, 4, 2, 1))
+    outputs = {"noise": torch.randn(4, 5), "signs": lambda count: signs(count, 4, 5).float()}
+    method.penalty(model, {}, outputs, "generator").backward()
+    assert model.generator.convs[0].weight.grad is not None
 
 
 def test_what_has_no_generator_is_refused() -> None:
