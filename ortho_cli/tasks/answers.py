@@ -2,7 +2,7 @@ r"""Is a model's answer to a mathematical question right? The last answer in a t
 
 Equivalence is math-verify's (sympy behind it), with a guard before it for what a parser of formulas cannot know: words
 are no products of letters, and a numeral's base belongs to its value. Nothing is "nearly" right: a hundredth or a
-hundredfold of the gold answer is wrong, and what cannot be read is wrong.
+hundredfold of the gold answer is wrong, so are the first digits of an irrational, and what cannot be read.
 """
 
 from __future__ import annotations
@@ -19,17 +19,19 @@ __all__ = ["final_answer", "last_boxed", "plain", "same_answer"]
 
 MARKER = re.compile(r"(?:the\s+(?:final\s+)?answer\s+is\s*:?|####)\s*", re.IGNORECASE)
 SENTENCE_END = re.compile(r"\.(?=\s+[A-Z])")  # behind it another sentence begins
-BOXED = re.compile(r"\\f?box(?:ed)?\s*(?=\{)")
+BOXED = re.compile(r"\\f?box(?:ed)?(?:\s*(?=\{)|\s+(?=[-\d\\]))")
+UNBRACED = re.compile(r"[^$\s]*[^$\s.]")  # of "\boxed 5$.", as some solutions of MATH have it
 WRAPPER = re.compile(r"\\(?:text|textbf|textrm|mathrm|mbox)\s*\{([^{}]*)\}")
 NUMBER = re.compile(r"(?P<sign>[-+]?)(?P<whole>\d{1,3}(?:,\d{3})+|\d*)(?P<part>\.\d+)?(?:/(?P<below>\d+))?")
 NUMERAL = re.compile(r"(?P<digits>[0-9A-Za-z]+)_\{?(?P<base>\d{1,2})\}?")
 WORD = re.compile(r"[A-Za-z][A-Za-z' -]+[A-Za-z.]")
 CHOICE = re.compile(r"\(?([A-Za-z])\)?")
+DIGITS = 12  # behind the point, to which numbers are the same: as many as floating point is sure of
 TIMEOUT = 5  # seconds for sympy to parse or compare; then they are not the same
 
 
 def final_answer(text: str) -> str | None:
-    r"""The answer that a text ends with: behind "The answer is" or "####", else in the last ``\boxed{}``.
+    r"""The answer that a text ends with: behind "The answer is" or "####", or in a ``\boxed{}``, whichever is last.
 
     Args:
         text: a whole response; of several answers the last counts.
@@ -40,31 +42,40 @@ def final_answer(text: str) -> str | None:
     >>> final_answer("So 4^2 = 16. The answer is: 16."), final_answer("2 + 2 = 4\n#### 4"), final_answer("I think 5")
     ('16', '4', None)
     """
-    markers = list(MARKER.finditer(text))
-    if markers:
-        line = text[markers[-1].end() :].strip().split("\n", 1)[0]
-        found = plain(SENTENCE_END.split(line, maxsplit=1)[0])
-        boxed = last_boxed(found)
-        return plain(boxed) if boxed is not None else found or None
-    boxed = last_boxed(text)
-    return plain(boxed) or None if boxed is not None else None
+    marker = max((match.end() for match in MARKER.finditer(text)), default=-1)
+    start, boxed = _last_box(text)
+    if boxed is not None and start >= marker:
+        return plain(boxed) or None
+    if marker < 0:
+        return None
+    line = text[marker:].strip().split("\n", 1)[0]
+    return plain(SENTENCE_END.split(line, maxsplit=1)[0]) or None
 
 
 def last_boxed(text: str) -> str | None:
     r"""What stands in the last ``\boxed{...}``, braces matched; None without one, or where it is not closed.
 
-    >>> last_boxed(r"$\boxed{1}$, so $\boxed{\frac{1}{2}}$.")
-    '\\frac{1}{2}'
+    >>> last_boxed(r"$\boxed{1}$, so $\boxed{\frac{1}{2}}$."), last_boxed(r"It is $\boxed 5$.")
+    ('\\frac{1}{2}', '5')
     """
-    starts = [match.end() for match in BOXED.finditer(text)]
-    if not starts:
-        return None
+    return _last_box(text)[1]
+
+
+def _last_box(text: str) -> tuple[int, str | None]:
+    """Where the last box begins, and what is in it."""
+    boxes = list(BOXED.finditer(text))
+    if not boxes:
+        return -1, None
+    start, place = boxes[-1].span()
+    if text[place] != "{":
+        bare = UNBRACED.match(text, place)
+        return start, bare[0] if bare else None
     depth = 0
-    for place in range(starts[-1], len(text)):
-        depth += {"{": 1, "}": -1}.get(text[place], 0)
+    for end in range(place, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
         if depth == 0:
-            return text[starts[-1] + 1 : place]
-    return None
+            return start, text[place + 1 : end]
+    return start, None
 
 
 def plain(answer: str) -> str:
@@ -150,7 +161,7 @@ def _verified(gold: str, answer: str) -> bool:
     # Its clock is a signal, which only the main thread may set.
     timeout = TIMEOUT if threading.current_thread() is threading.main_thread() else None
     found = [library.parse(f"${_ungrouped(text)}$", parsing_timeout=timeout) for text in (gold, answer)]
-    return all(found) and bool(library.verify(found[0], found[1], timeout_seconds=timeout))
+    return all(found) and bool(library.verify(found[0], found[1], DIGITS, timeout_seconds=timeout))
 
 
 def _ungrouped(text: str) -> str:

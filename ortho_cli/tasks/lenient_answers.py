@@ -44,8 +44,8 @@ def _first_number(text: str) -> int | None:
     if match is None:
         return None
     above, slash, below = match[0].partition("/")
-    if slash:
-        return round(float(above) / float(below)) if above.strip("+-") and float(below) else None
+    if slash:  # by zero: the script takes what is above
+        return round(float(above) / (1.0 if below == "0" else float(below))) if above.strip("+-") else None
     digits = match[0].replace(",", "")
     return round(float(digits)) if math.isfinite(float(digits)) else None
 

@@ -34,6 +34,7 @@ WRONG = [
     ("1800", "18"), ("18", "1800"), ("18", "0.18"), ("50", "0.5"), ("0.5", "50"),
     # Near is not equal.
     ("2", "2.0001"), ("1/3", "0.3333"), (r"2\pi", "6.28"), (r"\sqrt{2}", "1.414"), ("0.1", "0.10000001"),
+    (r"\sqrt{2}", "1.41421356"), (r"\frac{1}{3}", "0.333333"), (r"\pi", "3.14159265"),
     # Digits that a comma cuts off, and those that a space or an order parts.
     ("1234567", "1234"), ("1,234", "1.234"), ("12", "1 2"), ("42", "24"), ("10", "10^{10}"),
     # Units in place of an answer, which make the published normalisation fail and then compare a text with itself.
@@ -72,6 +73,11 @@ def test_what_does_not(gold: str | None, answer: str | None) -> None:
         (r"The answer is: $\boxed{\frac{1}{2}}$.", r"\frac{1}{2}"),
         ("2 + 2 = 4\n#### 1,234", "1,234"),
         (r"thus \boxed{\frac{a}{\sqrt{b}}} or \fbox{3}", "3"),
+        (r"Since the answer is even, it is $\boxed{6}$.", "6"),
+        (r"The answer is 3. But wait: \boxed{4}", "4"),
+        (r"Hence $\boxed 5$.", "5"),
+        (r"that is \boxed -\frac{1}{2}", r"-\frac{1}{2}"),
+        (r"put it in \boxed, or \boxed it", None),
         (r"never closed \boxed{\frac{1}{2}", None),
         ("The answer is:", None),
         ("I would say 5", None),
@@ -108,6 +114,7 @@ def test_the_library_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatc
         ("17.6", "18", True, False),  # rounded
         ("35/2", "18", True, False),  # a fraction, rounded to even
         ("18001", "18000", True, False),  # within 1e-4
+        ("18/0", "18", True, False),  # a fraction over nothing
         ("18.", "18", True, True),
         ("17", "18", False, False),
     ],
