@@ -76,7 +76,7 @@ def load_texts(config: Sentences, split: Split) -> TextSet:
     if isinstance(config, GLUE):
         spec = SPECS[config.task]
         tables = [_glue_table(config, name) for name in (("train",) if split == "train" else spec.judged)]
-        parts = [_columns(table, spec.text, "label", spec.classes) for table in tables]
+        parts = [_columns(table, spec.text, "label", spec.classes, some_empty=True) for table in tables]
         return _joined(parts, spec.classes)
     return _own(config, split)
 
@@ -128,14 +128,16 @@ def _class_names(table: Any, label: str) -> tuple[str, ...]:
     return tuple(map(str, sorted(values)))
 
 
-def _columns(table: Any, text: tuple[str, ...], label: str, classes: tuple[str, ...]) -> TextSet:
-    """The texts and labels of a table; every row must have both."""
+def _columns(
+    table: Any, text: tuple[str, ...], label: str, classes: tuple[str, ...], *, some_empty: bool = False
+) -> TextSet:
+    """The texts and labels of a table; every row must have both. QQP has two questions without a letter."""
     for name in (*text, label):
         _check_column(table, name)
     columns = [list(table[name]) for name in text]
     for name, column in zip(text, columns, strict=True):
         for row, value in enumerate(column):
-            if not isinstance(value, str) or not value:
+            if not isinstance(value, str) or not (value or some_empty):
                 raise RecipeError(f"row {row} has no text in column {name!r}: found {value!r}")
     labels = _labels(list(table[label]), label, classes, hasattr(table.features[label], "names"))
     pairs = columns[1] if len(columns) > 1 else None

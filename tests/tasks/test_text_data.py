@@ -85,6 +85,16 @@ def test_labels_may_be_names(tmp_path: Path) -> None:
     assert found.labels.tolist() == [1, 0]
 
 
+def test_questions_without_a_letter_are_the_benchmarks(tmp_path: Path) -> None:
+    """QQP has two, in its training set."""
+    write_rows(
+        tmp_path / "train.jsonl", [*rows_of("qqp"), {"question1": "How?", "question2": "", "label": 0, "idx": 6}]
+    )
+    found = load_texts(section(name="glue", task="qqp", path=str(tmp_path)), "train")
+    assert found.pairs is not None
+    assert (len(found), found.pairs[-1]) == (7, "")
+
+
 @pytest.mark.parametrize("label", [-1, 2])
 def test_a_label_of_no_class_is_refused(label: int, tmp_path: Path) -> None:
     """GLUE's test sets have -1 throughout, which cross-entropy takes for the last class or fails at."""
