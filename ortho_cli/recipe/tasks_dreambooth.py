@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from ortho_cli.recipe.section import Count, NotNegative, Rejection, Section, Text, Whole
+from ortho_cli.recipe.section import Count, NotNegative, Positive, Rejection, Section, Text, Whole
 from ortho_cli.recipe.subjects import INSTANCE_PROMPT, SUBJECTS, TOKEN, Subject, prompts
 
 __all__ = ["Dreambooth"]
@@ -36,9 +36,12 @@ class Dreambooth(Section):
     class_folder: Text = Field(
         default="class-pictures", description="The folder that has, or gets, a sub-folder of them for each class."
     )
-    noise_offset: NotNegative = Field(default=0.0, description="Noise that all of a channel shares.")
-    min_snr: NotNegative = Field(
-        default=0.0, description="The largest signal-to-noise ratio that counts (arXiv:2303.09556); 0: all count alike."
+    noise_offset: NotNegative = Field(
+        default=0.0, description="How much noise all of a channel shares, for very dark and bright pictures."
+    )
+    min_snr: Positive | None = Field(
+        default=None,
+        description="Gamma of min-SNR weighting (arXiv:2303.09556), 5 in the paper; null: all count alike.",
     )
     samples: Whole = Field(default=4, description="Pictures of each prompt, whenever samples are drawn.")
     steps: Count = Field(default=25, description="Steps of DPM-Solver++ by which a picture is drawn.")

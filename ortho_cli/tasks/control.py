@@ -6,7 +6,7 @@ epoch: a resumed run draws what an uninterrupted one draws, and two processes dr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,19 +15,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ortho_cli import registry
 from ortho_cli.errors import RecipeError
 from ortho_cli.models.hint_encoder import STRIDE, HintEncoder, add_hint_encoder, hint_added, load_hint_encoder
-from ortho_cli.models.stable_diffusion import StableDiffusion, draw_latents
+from ortho_cli.models.stable_diffusion import StableDiffusion
 
-from .diffusion_loss import diffusion_draws, min_snr_weights, mix_noise, noise_loss, target_of
+from .diffusion_task import JUDGE_SEED, DiffusionTask
 from .draws import normal, uniform
 from .hint_data import load_hints
 from .hint_samples import HintSamples
 from .hint_scores import edge_f1
 from .image_specs import Split
 from .picture_grid import save_grid
-from .task import Batch, Losses, Reduce, Task
+from .task import Batch
 
 if TYPE_CHECKING:
     from ortho_cli.checkpoints.checkpoint import Checkpoint
@@ -37,11 +36,10 @@ if TYPE_CHECKING:
 __all__ = ["ControlTask"]
 
 DROP_STREAM, SAMPLE_STREAM = 14, 15  # of the random numbers; the noise has its own
-JUDGE_SEED = 0  # all runs are judged by the same noise
 TOLD = 5  # faults that are told one by one
 
 
-class ControlTask(Task):
+class ControlTask(DiffusionTask):
     """Train a hint encoder, and whatever adapts the UNet to it, by the error of the predicted noise.
 
     `loss` is over the evaluation split, with the same noise and the same times for all runs; `canny_f1` is of as many
@@ -66,109 +64,66 @@ class ControlTask(Task):
             raise RecipeError(
                 f"task.scored compares edges, and the hints are {data.hint}", hint="score pictures with: ortho evaluate"
             )
-        self.model: StableDiffusion  # known once it is built; what is called in training may be a wrapper of it
         self.encoder: HintEncoder
         self._splits: dict[Split, HintSamples] = {}
 
-    def build_model(self, config: Any) -> nn.Module:
-        """The diffusion model of a recipe's `model` section, with a hint encoder.
-
-        Raises:
-            RecipeError: pictures of a size that has no whole number of latents.
-        """
-        self.model = registry.resolve("models", config.name)(config)
-        self.encoder = add_hint_encoder(self.model)
-        grain = self.model.latent_factor * 2 ** (len(self.model.unet.config.block_out_channels) - 1)
-        if self.data.size % grain:
-            raise RecipeError(f"data.size {self.data.size} is no multiple of {grain}, which the model needs")
-        return self.model
+    def build_model(self, config: Any) -> StableDiffusion:
+        """As `DiffusionTask.build_model`, with a hint encoder."""
+        model = super().build_model(config)
+        self.encoder = add_hint_encoder(model)
+        return model
 
     def take_over(self, model: nn.Module, checkpoint: Checkpoint) -> None:
         """Go on with the hint encoder of a base that holds one."""
         self.model.notes += load_hint_encoder(self.encoder, checkpoint)
 
     @property
-    def latents(self) -> tuple[int, int, int]:
-        """Channels, height and width of the latents of a picture."""
-        side = self.data.size // self.model.latent_factor
-        return self.model.unet.config.in_channels, side, side
+    def hint_size(self) -> int:
+        """Side of the hints in pixels."""
+        return STRIDE * self.latents()[1]
 
     def dataset(self, split: Split) -> HintSamples:
         """A split; both are opened at once, so that every fault is told before training starts."""
         if not self._splits:
             for each in ("train", "eval"):
                 hints = load_hints(self.data, each)
-                size, hint_size = self.data.size, STRIDE * self.latents[1]
-                self._splits[each] = HintSamples(hints, size, hint_size, self.data.thresholds)
+                self._splits[each] = HintSamples(hints, self.data.size, self.hint_size, self.data.thresholds)
                 if hints.faults:
                     told = "; ".join(hints.faults[:TOLD]) + ("; ..." if len(hints.faults) > TOLD else "")
                     self.model.notes.append(f"{len(hints.faults)} bad samples of {each} are left out: {told}")
         return self._splits[split]
 
     def example(self, batch: int) -> Batch:
-        """Grey pictures, black hints, and everything that is drawn."""
-        size, hint, noise = self.data.size, STRIDE * self.latents[1], torch.zeros(batch, *self.latents)
-        length = self.model.text_encoder.config.max_position_embeddings
-        return {
-            "image": torch.zeros(batch, 3, size, size), "hint": torch.zeros(batch, 3, hint, hint),
-            "tokens": torch.zeros(batch, length, dtype=torch.long), "noise": noise, "latent_noise": noise,
-            "timestep": torch.zeros(batch, dtype=torch.long),
-        }  # fmt: skip
+        """As `DiffusionTask.example`, with black hints."""
+        return {**super().example(batch), "hint": torch.zeros(batch, 3, self.hint_size, self.hint_size)}
 
     def batches(
         self, split: Split, epoch: int, *, batch: int, rank: int = 0, world: int = 1, skip: int = 0, workers: int = 0
     ) -> Iterator[Batch]:
         """As `Task.batches`, with tokens of the prompts, noise for the latents and a time for each sample."""
-        training, samples, steps = split == "train", self.dataset(split), len(self.model.alphas_cumprod)
-        seed, round_ = (self.seed, epoch) if training else (JUDGE_SEED, 0)
-        offset, dropout = (self.config.noise_offset, self.config.prompt_dropout) if training else (0.0, 0.0)
+        samples, (seed, round_) = self.dataset(split), self.draws_from(split, epoch)
+        dropout = self.config.prompt_dropout if split == "train" else 0.0
         for each in super().batches(split, epoch, batch=batch, rank=rank, world=world, skip=skip, workers=workers):
             index = each["index"]
             dropped = uniform(seed, round_, index.numpy(), 1, DROP_STREAM)[:, 0] < dropout
             prompts = ["" if drop else said for drop, said in zip(dropped, samples.prompts(index), strict=True)]
-            drawn = diffusion_draws(seed, round_, index, self.latents, steps, offset=offset)
+            drawn = self.noise_of(split, seed, round_, index, self.latents())
             yield {**each, **drawn, "tokens": self.model.tokens(prompts)}
 
-    def loss(self, model: nn.Module, batch: Batch, phase: str) -> Losses:
-        """The mean squared error of what is predicted, weighted where the recipe says so."""
-        weights = None
-        if self.config.min_snr is not None:
-            table = self.model.alphas_cumprod
-            weights = min_snr_weights(batch["timestep"], table, self.config.min_snr, self.model.prediction_type)
-        predicted, target = self._predicted(model, batch)
-        return noise_loss(predicted, target, weights).mean(), predicted, {}
+    def predicted(self, model: nn.Module, noisy: Tensor, batch: Batch) -> Tensor:
+        """As `DiffusionTask.predicted`, of a model that is shown the hint."""
+        predicted: Tensor = model(noisy, batch["timestep"], batch["tokens"], batch["hint"])
+        return predicted
 
-    def _predicted(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The prediction, and what it should be."""
-        latents = draw_latents(self.model.encode_pictures(batch["image"]), batch["latent_noise"])
-        noise, times, table = batch["noise"], batch["timestep"], self.model.alphas_cumprod
-        predicted: Tensor = model(mix_noise(latents, noise, times, table), times, batch["tokens"], batch["hint"])
-        return predicted, target_of(self.model.prediction_type, latents, noise, times, table)
-
-    @torch.no_grad()
-    def evaluate(self, model: nn.Module, batches: Iterable[Batch], reduce: Reduce | None = None) -> dict[str, float]:
-        """Mean error of the prediction, and F1 of drawn edges; sums are added up over processes and divided once."""
-        was_training = model.training
-        model.eval()
-        sums = torch.zeros(4, dtype=torch.float64)
-        for batch in batches:
-            errors, scores = noise_loss(*self._predicted(model, batch)), self._scores(batch)
-            found = [errors.double().sum().item(), len(errors), scores.sum().item(), len(scores)]
-            sums += torch.tensor(found, dtype=torch.float64)
-        model.train(was_training)
-        sums = sums if reduce is None else reduce(sums.to(self.model.alphas_cumprod.device))
-        loss, count, f1, scored = sums.tolist()
-        if not count:
-            raise ValueError("no batches to evaluate on")
-        return {"loss": loss / count, **({"canny_f1": f1 / scored} if scored else {})}
-
-    def _scores(self, batch: Batch) -> Tensor:
-        """F1 of the edges of those samples of a batch that are to be drawn."""
+    def scores(self, model: nn.Module, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
+        """The loss, and F1 of the edges of those samples that are to be drawn."""
+        found = super().scores(model, batch)
         chosen = batch["index"] < self.config.scored
-        if not chosen.any():
-            return torch.zeros(0)
-        drawn = self.drawn(batch["index"][chosen].cpu(), batch["hint"][chosen], JUDGE_SEED)
-        return edge_f1(drawn, batch["image"][chosen], self.data.thresholds)
+        if chosen.any():
+            drawn = self.drawn(batch["index"][chosen].cpu(), batch["hint"][chosen], JUDGE_SEED)
+            f1 = edge_f1(drawn, batch["image"][chosen], self.data.thresholds)
+            found["canny_f1"] = f1, torch.ones_like(f1)
+        return found
 
     @torch.no_grad()
     def samples(self, model: nn.Module, generator: torch.Generator, folder: Path) -> None:
@@ -195,7 +150,7 @@ class ControlTask(Task):
             `(B, 3, S, S)` in [-1, 1].
         """
         first = self.model.unet.conv_in.weight
-        noise = normal(seed, 0, index, prod(self.latents), SAMPLE_STREAM).view(-1, *self.latents)
+        noise = normal(seed, 0, index, prod(self.latents()), SAMPLE_STREAM).view(-1, *self.latents())
         with hint_added(self.model.unet.conv_in, self.encoder(hints)):
             made: Tensor = self.model.pipeline()(
                 self.dataset("eval").prompts(index), latents=noise.to(first.device, first.dtype),

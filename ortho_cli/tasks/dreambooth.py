@@ -7,7 +7,7 @@ a sample of an epoch: a resumed run draws what an uninterrupted one draws, and t
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,17 +15,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ortho_cli import registry
-from ortho_cli.models.stable_diffusion import StableDiffusion, draw_latents
+from ortho_cli.models.stable_diffusion import StableDiffusion
 from ortho_cli.recipe.subjects import CLASS_PROMPT
 
-from .diffusion_loss import diffusion_draws, min_snr_weights, mix_noise, noise_loss, target_of
+from .diffusion_task import DiffusionTask
 from .draws import seed_of, uniform
 from .image_specs import Split
 from .pictures import PictureFiles, Pictures, to_tensor
 from .subject_data import load_subject
 from .subject_pictures import MANIFEST, Drawn, draw, draw_class
-from .task import Batch, Losses, Reduce, Task
+from .task import Batch, Losses
 
 if TYPE_CHECKING:
     from ortho_cli.recipe.data_subject import SubjectPictures
@@ -34,10 +33,9 @@ if TYPE_CHECKING:
 __all__ = ["DreamboothTask", "SubjectSamples"]
 
 CROP_STREAM = 0  # of the random numbers
-JUDGE_SEED = 0  # all runs are judged by the same noise
-OF_CLASS = 1  # which of a sample's two pictures noise is for
+CLASS_SEED = 1  # which of a sample's two pictures noise is for
+OF_CLASS = "class_"  # how names of what belongs to the class picture begin
 WHITE = 127.5
-LATENTS = 4
 
 
 class SubjectSamples(Dataset[dict[str, Tensor]]):
@@ -91,7 +89,7 @@ class SubjectSamples(Dataset[dict[str, Tensor]]):
         return to_tensor(picture, self.size, 3, (left, top, left + side, top + side)).float().div_(WHITE).sub_(1)
 
 
-class DreamboothTask(Task):
+class DreamboothTask(DiffusionTask):
     """Train by the error of the predicted noise on the subject's pictures, and on the class's times the prior's weight.
 
     `loss` is over the subject's pictures, with the same noise and times for all runs: there are too few to hold any
@@ -103,22 +101,19 @@ class DreamboothTask(Task):
         seed: of the run.
     """
 
-    metrics = ("loss",)
-
     def __init__(self, task: Dreambooth, data: SubjectPictures, *, seed: int) -> None:
         super().__init__(task, data, seed=seed)
         self.config: Dreambooth = task
         self.data: SubjectPictures = data
-        self.model: StableDiffusion  # known once it is built; what is called in training may be a wrapper of it
         self.how: Drawn
         self._splits: dict[Split, SubjectSamples] = {}
 
-    def build_model(self, config: Any) -> nn.Module:
-        """The diffusion model of a recipe's `model` section."""
-        self.model = registry.resolve("models", config.name)(config)
+    def build_model(self, config: Any) -> StableDiffusion:
+        """As `DiffusionTask.build_model`; also says how its pictures are drawn."""
+        model = super().build_model(config)
         base = Path(config.base).name if config.base is not None else f"random {config.size}"
         self.how = Drawn(base, self.data.size, self.config.steps, self.config.guidance)
-        return self.model
+        return model
 
     @property
     def class_folder(self) -> Path:
@@ -152,70 +147,35 @@ class DreamboothTask(Task):
         return self._splits[split]
 
     def example(self, batch: int) -> Batch:
-        """Grey pictures, and everything that is drawn."""
-        size, latent = self.data.size, self.data.size // self.model.latent_factor
-        tokens = self.model.text_encoder.config.max_position_embeddings
-        one = {
-            "image": torch.zeros(batch, 3, size, size), "tokens": torch.zeros(batch, tokens, dtype=torch.long),
-            "noise": torch.zeros(batch, LATENTS, latent, latent), "timestep": torch.zeros(batch, dtype=torch.long),
-            "latent_noise": torch.zeros(batch, LATENTS, latent, latent),
-        }  # fmt: skip
-        return {**one, **({f"class_{name}": value for name, value in one.items()} if self.config.prior else {})}
+        """As `DiffusionTask.example`, twice where there is a prior."""
+        one = super().example(batch)
+        return {**one, **({f"{OF_CLASS}{name}": value for name, value in one.items()} if self.config.prior else {})}
 
     def batches(
         self, split: Split, epoch: int, *, batch: int, rank: int = 0, world: int = 1, skip: int = 0, workers: int = 0
     ) -> Iterator[Batch]:
         """As `Task.batches`, with tokens, noise and times for each picture; those of the class begin with `class_`."""
-        seed, epoch = (self.seed, epoch) if split == "train" else (JUDGE_SEED, 0)
-        offset = self.config.noise_offset if split == "train" else 0.0
+        seed, round_ = self.draws_from(split, epoch)
         prompts = (self.config.instance_prompt, CLASS_PROMPT.format(class_name=self.config.shown.class_name))
-        tokens = dict(zip(("", "class_"), self.model.tokens(list(prompts)), strict=True))
+        tokens = self.model.tokens(list(prompts))
         for each in super().batches(split, epoch, batch=batch, rank=rank, world=world, skip=skip, workers=workers):
-            side = self.data.size // self.model.latent_factor
-            for kind, own in (("", seed), ("class_", seed_of(seed, OF_CLASS))):
-                if f"{kind}image" not in each:
-                    continue
-                drawn = diffusion_draws(own, epoch, each["index"], (LATENTS, side, side), offset=offset)
-                each |= {f"{kind}{name}": value for name, value in drawn.items()}
-                each[f"{kind}tokens"] = tokens[kind].expand(len(each["index"]), -1)
+            index = each["index"]
+            for kind, own, words in zip(("", OF_CLASS), (seed, seed_of(seed, CLASS_SEED)), tokens, strict=True):
+                if f"{kind}image" in each:
+                    drawn = self.noise_of(split, own, round_, index, self.latents())
+                    drawn["tokens"] = words.expand(len(index), -1)
+                    each |= {f"{kind}{name}": value for name, value in drawn.items()}
             yield each
 
     def loss(self, model: nn.Module, batch: Batch, phase: str) -> Losses:
-        """The mean error on the subject's pictures, and on the class's times its weight."""
-        parts = [kind for kind in ("", "class_") if f"{kind}image" in batch]
-        errors, predicted = self._errors(model, batch, parts)
-        if len(parts) == 1:
-            return errors.mean(), predicted, {}
+        """The mean error on the subject's pictures, and on the class's times its weight: one call of the model."""
+        if f"{OF_CLASS}image" not in batch:
+            return super().loss(model, batch, phase)
+        names = [name for name in batch if f"{OF_CLASS}{name}" in batch]
+        both = {name: torch.cat([batch[name], batch[f"{OF_CLASS}{name}"]]) for name in names}
+        errors, predicted = self.errors(model, both, self.weights(both["timestep"]))
         own, of_class = (part.mean() for part in errors.chunk(2))
-        named = {"subject": own.detach(), "prior": of_class.detach()}
-        return own + self.config.prior * of_class, predicted, named
-
-    def _errors(self, model: nn.Module, batch: Batch, parts: list[str]) -> tuple[Tensor, Tensor]:
-        """The error of each picture, the subject's first, and the prediction: one call of the model for all."""
-        image, noise, latent_noise, times, tokens = (
-            torch.cat([batch[f"{kind}{name}"] for kind in parts])
-            for name in ("image", "noise", "latent_noise", "timestep", "tokens")
-        )
-        alphas, kind = self.model.alphas_cumprod, self.model.prediction_type
-        latents = draw_latents(self.model.encode_pictures(image), latent_noise)
-        predicted = model(mix_noise(latents, noise, times, alphas), times, tokens)
-        weights = min_snr_weights(times, alphas, self.config.min_snr, kind) if self.config.min_snr else None
-        return noise_loss(predicted, target_of(kind, latents, noise, times, alphas), weights), predicted
-
-    @torch.no_grad()
-    def evaluate(self, model: nn.Module, batches: Iterable[Batch], reduce: Reduce | None = None) -> dict[str, float]:
-        """Mean error on the subject's pictures; sums are added up over processes and divided once."""
-        was_training = model.training
-        model.eval()
-        sums = torch.zeros(2, dtype=torch.float64, device=self.model.alphas_cumprod.device)
-        for batch in batches:
-            errors = self._errors(model, batch, [""])[0].double()
-            sums += torch.stack([errors.sum(), errors.new_tensor(len(errors))])
-        model.train(was_training)
-        loss, count = (sums if reduce is None else reduce(sums)).tolist()
-        if not count:
-            raise ValueError("no batches to evaluate on")
-        return {"loss": loss / count}
+        return own + self.config.prior * of_class, predicted, {"subject": own.detach(), "prior": of_class.detach()}
 
     def samples(self, model: nn.Module, generator: torch.Generator, folder: Path) -> None:
         """`000003_1.png`: of prompt 3 the second picture, the same noise every time; and their manifest."""

@@ -5,26 +5,22 @@ Whatever trains (an adapter of the UNet, one of the text encoder, all weights of
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-
-from ortho_cli import registry
-from ortho_cli.errors import RecipeError
-from ortho_cli.models.stable_diffusion import StableDiffusion, draw_latents
 
 from .batching import load_batches
 from .caption_buckets import bucket_batches, eval_batches
 from .caption_data import fault_text, load_captions
 from .caption_samples import CaptionSamples
-from .diffusion_loss import diffusion_draws, min_snr_weights, mix_noise, noise_loss, target_of
+from .diffusion_task import DiffusionTask
 from .image_specs import Split
 from .latent_cache import TensorCache
 from .picture_grid import save_grid
-from .task import Batch, Losses, Reduce, Task
+from .task import Batch
 
 if TYPE_CHECKING:
     from ortho_cli.recipe.data_captions import CaptionedPictures
@@ -32,10 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["TextToImageTask"]
 
-JUDGE_SEED = 0  # all runs are judged by the same noise
 
-
-class TextToImageTask(Task):
+class TextToImageTask(DiffusionTask):
     """Train a diffusion model on captioned pictures.
 
     `loss` is the error on held-out pictures, unweighted, with the same noise and times for all runs.
@@ -46,30 +40,15 @@ class TextToImageTask(Task):
         seed: of the run.
     """
 
-    metrics = ("loss",)
     splits = ("val",)
+    sides = ("size", "buckets")
 
     def __init__(self, task: TextToImage, data: CaptionedPictures, *, seed: int) -> None:
         super().__init__(task, data, seed=seed)
         self.config: TextToImage = task
         self.data: CaptionedPictures = data
-        self.model: StableDiffusion  # known once it is built; what is called in training may be a wrapper of it
         self._splits: dict[Split, CaptionSamples] = {}
         self._caches: tuple[TensorCache, TensorCache | None] | None = None
-
-    def build_model(self, config: Any) -> StableDiffusion:
-        """The diffusion model of a recipe's `model` section.
-
-        Raises:
-            RecipeError: pictures of a size that has no whole number of latents.
-        """
-        self.model = registry.resolve("models", config.name)(config)
-        grain = self.model.latent_factor * 2 ** (len(self.model.unet.config.block_out_channels) - 1)
-        for key in ("size", "buckets"):
-            value = getattr(self.data, key)
-            if value is not None and value % grain and (key == "buckets" or self.data.buckets is None):
-                raise RecipeError(f"data.{key} {value} is no multiple of {grain}, which the model needs")
-        return self.model
 
     def dataset(self, split: Split) -> CaptionSamples:
         """A split; both are opened at once, so that every fault is told before training starts."""
@@ -88,22 +67,12 @@ class TextToImageTask(Task):
         """Whole batches of one shape."""
         return len(bucket_batches(self.dataset("train").buckets, self.data.batch, self.seed, 0)[1])
 
-    def example(self, batch: int) -> Batch:
-        """Grey squares, and everything that is drawn."""
-        side = self.data.size // self.model.latent_factor
-        length = self.model.text_encoder.config.max_position_embeddings
-        noise = torch.zeros(batch, self.model.unet.config.in_channels, side, side)
-        return {
-            "image": torch.zeros(batch, 3, self.data.size, self.data.size), "noise": noise, "latent_noise": noise,
-            "timestep": torch.zeros(batch, dtype=torch.long), "tokens": torch.zeros(batch, length, dtype=torch.long),
-        }  # fmt: skip
-
     def batches(
         self, split: Split, epoch: int, *, batch: int, rank: int = 0, world: int = 1, skip: int = 0, workers: int = 0
     ) -> Iterator[Batch]:
         """As `Task.batches`, each of pictures of one shape; with tokens of the captions, noise, and times."""
         samples, training = self.dataset(split), split == "train"
-        seed, epoch = (self.seed, epoch) if training else (JUDGE_SEED, 0)
+        seed, epoch = self.draws_from(split, epoch)
         if training:
             order, parts = bucket_batches(samples.buckets, batch, seed, epoch, rank, world)
         else:
@@ -114,13 +83,7 @@ class TextToImageTask(Task):
             found = ({"index": order[start:stop]} for start, stop in parts[skip:])
         for each, (_, stop) in zip(found, parts[skip:], strict=True):
             index = each["index"]
-            width, height = samples.shape(int(index[0]))
-            latents = (
-                self.model.unet.config.in_channels,
-                *(side // self.model.latent_factor for side in (height, width)),
-            )
-            steps, offset = len(self.model.alphas_cumprod), self.config.noise_offset if training else 0.0
-            drawn = diffusion_draws(seed, epoch, index, latents, steps, offset=offset)
+            drawn = self.noise_of(split, seed, epoch, index, self.latents(*samples.shape(int(index[0]))))
             tokens = {"tokens": self.model.tokens(samples.captions(epoch, index))}
             kept = {} if self.data.cache is None else self._kept(samples, epoch, index, tokens["tokens"])
             counted = {} if training else {"counted": torch.full((len(index),), float(stop <= len(samples)))}
@@ -157,47 +120,13 @@ class TextToImageTask(Task):
                 )
         return found
 
-    def loss(self, model: nn.Module, batch: Batch, phase: str) -> Losses:
-        """The mean squared error of what is predicted, weighted where the recipe says so."""
-        weights = None
-        if self.config.min_snr is not None:
-            table = self.model.alphas_cumprod
-            weights = min_snr_weights(batch["timestep"], table, self.config.min_snr, self.model.prediction_type)
-        predicted, target = self._predicted(model, batch)
-        return noise_loss(predicted, target, weights).mean(), predicted, {}
-
-    def _predicted(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The prediction, and what it should be."""
-        moments = batch["moments"] if "moments" in batch else self.model.encode_pictures(batch["image"])
-        latents, noise = draw_latents(moments, batch["latent_noise"]), batch["noise"]
-        times, table = batch["timestep"], self.model.alphas_cumprod
-        text = batch["text"] if "text" in batch else batch["tokens"]
-        predicted: Tensor = model(mix_noise(latents, noise, times, table), times, text)
-        return predicted, target_of(self.model.prediction_type, latents, noise, times, table)
-
-    @torch.no_grad()
-    def evaluate(self, model: nn.Module, batches: Iterable[Batch], reduce: Reduce | None = None) -> dict[str, float]:
-        """The mean error over samples; sums are added up over processes and divided once. Nothing held out: nothing."""
-        was_training = model.training
-        model.eval()
-        sums = torch.zeros(2, dtype=torch.float64)
-        for batch in batches:
-            errors = noise_loss(*self._predicted(model, batch), batch["counted"]).double()
-            sums += torch.stack([errors.sum(), batch["counted"].double().sum()]).cpu()
-        model.train(was_training)
-        if not len(self.dataset("eval")):
-            return {}
-        total, count = (sums if reduce is None else reduce(sums.to(self.model.alphas_cumprod.device))).tolist()
-        return {"loss": total / count}
-
     @torch.no_grad()
     def samples(self, model: nn.Module, generator: torch.Generator, folder: Path) -> None:
         """`samples.png`: a picture of each validation prompt, from the same noise every time."""
         prompts, size = list(self.config.validation_prompts), self.data.size
         if not prompts:
             return
-        side, first = size // self.model.latent_factor, self.model.unet.conv_in.weight
-        noise = torch.randn(len(prompts), self.model.unet.config.in_channels, side, side, generator=generator)
+        noise, first = torch.randn(len(prompts), *self.latents(), generator=generator), self.model.unet.conv_in.weight
         made: Tensor = self.model.pipeline()(
             prompts, latents=noise.to(first.device, first.dtype), num_inference_steps=self.config.steps,
             guidance_scale=self.config.guidance, height=size, width=size, output_type="pt",

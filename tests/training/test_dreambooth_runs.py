@@ -139,8 +139,13 @@ def test_the_epoch_is_chosen_by_half_of_the_pictures(tmp_path: Path, monkeypatch
 
 def test_full_size_counts(tmp_path: Path) -> None:
     """128 layers and 795,648 parameters at rank 8: facts of HRA's paper."""
-    path = recipe(
-        tmp_path, "run", model="{name: stable-diffusion}", methods="[{name: hra, rank: 8, targets: [sd15-attention]}]"
-    )
+    sections = {
+        "model": "{name: stable-diffusion}", "methods": "[{name: hra, rank: 8, targets: [sd15-attention]}]",
+        "data": "{name: skimage-cat, size: 64}",
+    }  # fmt: skip
+    path = recipe(tmp_path, "run", **sections)
+    with pytest.raises(RecipeError, match=r"data\.size 96 is no multiple of 64") as caught:
+        describe(load_train(path, ["data.size=96"]))
+    assert caught.value.hint == "data.size: 128"
     plan = describe(load_train(path))
     assert (plan["totals"]["trainable"], plan["details"][0]["layers"]) == (795_648, 128)
