@@ -175,8 +175,8 @@ def limits(values: Iterable[float], *, log: bool = False, zero: bool = False) ->
 
     >>> limits([0.0, 1.0])
     (-0.04, 1.04)
-    >>> limits([3.0, 3.0], zero=True)
-    (0.0, 3.12)
+    >>> limits([3.0, 3.0], zero=True), limits([0.0], zero=True)
+    ((0.0, 3.12), (0.0, 1.04))
     """
     found = _finite(values)
     if log:
@@ -186,6 +186,7 @@ def limits(values: Iterable[float], *, log: bool = False, zero: bool = False) ->
     low, high = min(found), max(found)
     if zero:
         low, high = min(0.0, low), max(0.0, high)
+        high = high if low or high else 1.0
     span = (high - low) or abs(high) * 0.2 or 1.0
     low = low if zero and low == 0.0 else low - PADDING * span
     high = high if zero and high == 0.0 else high + PADDING * span

@@ -86,7 +86,8 @@ class HubNetwork:
         try:
             model, _ = load_pretrained(FAMILY, name, read_config(FAMILY, name), new_head=True)
         except CheckpointError as error:
-            raise Missing(error.message, None if Path(name).is_dir() else f"hf download {name}") from error
+            command = None if Path(name).is_dir() else f"hf download {name}"
+            raise Missing(error.message.removeprefix("model.base "), command) from error
         self.model: nn.Module = model.to(device).eval().requires_grad_(False)
         try:
             told = processor.from_pretrained(name).to_dict()

@@ -119,6 +119,8 @@ def evaluate(
     if extent is not None and extent <= 0:
         raise UsageError(f"--extent {extent} is not above 0", hint="e.g. --extent 4")
     names = [name.strip() for name in metrics.split(",") if name.strip()] if metrics is not None else None
+    if names == []:
+        raise UsageError(f"--metrics {metrics!r} names none", hint="e.g. --metrics fid,kid; leave it out for all")
     if run is not None and generated is None and reference is None:
         from ortho_cli.analysis.run_folder import open_run
         from ortho_cli.training.evaluate import evaluate_run, find_checkpoint
@@ -141,8 +143,11 @@ def evaluate(
         counts = {"pictures": len(open_folder(generated)), "references": len(open_folder(reference))}
         plan = {"metrics": ", ".join(chosen_metrics(names)), **counts}
     else:
+        given = {"RUN": run, "--generated": generated, "--reference": reference}
+        found = " and ".join(name for name, value in given.items() if value is not None) or "neither"
         raise UsageError(
-            "expected a RUN, or two folders of pictures", hint="ortho evaluate --generated DIR --reference DIR"
+            f"expected a RUN, or two folders of pictures; found {found}",
+            hint="ortho evaluate RUN, or ortho evaluate --generated DIR --reference DIR",
         )
     check_folder(folder, protected, MARK, force=force)
     if dry_run:

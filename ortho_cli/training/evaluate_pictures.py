@@ -16,6 +16,7 @@ from ortho_cli.analysis.picture_metrics import Network, PictureOptions, chosen_m
 from ortho_cli.analysis.run_folder import is_run
 from ortho_cli.errors import UsageError
 
+from .base import gone_base
 from .run_features import RunNetwork
 
 __all__ = ["evaluate_pictures", "network_loader"]
@@ -72,6 +73,12 @@ def network_loader(name: str, device: torch.device, accelerator: Accelerator | N
         name: `inception`, a run that classifies, a hub id or a folder that `AutoModel` reads.
         device: where it works.
         accelerator: of the processes that are met already.
+
+    Raises:
+        UsageError: a folder that is not there.
     """
     folder = Path(name).expanduser()
-    return lambda: RunNetwork(folder, accelerator) if is_run(folder) else load_network(name, device)
+    if gone := gone_base(name):
+        raise UsageError(f"--features: {gone}", hint="name a run that classifies, or a hub id")
+    place = str(folder) if folder.is_dir() else name
+    return lambda: RunNetwork(folder, accelerator) if is_run(folder) else load_network(place, device)

@@ -139,6 +139,8 @@ class DiffusionMaking:
             hint = "--prompt 'a photo of a cat', or --prompts FILE"
             if getattr(task, "name", None) == "control":
                 hint += "; with --control IMAGE; or --split val"
+            if self.source.recipe is None and not Path(self.source.place).expanduser().exists():
+                hint += f"; {self.source.place} is neither a run nor a file here, so the hub's"
             raise UsageError("nothing says what to draw", hint=hint)
         return found
 

@@ -32,6 +32,12 @@ LABELS = "labels.npy"
 FRAMES = 48  # of a film from one end of a coordinate to the other; then it runs back
 # The published defaults: traversals and the pairs' shared noise are truncated, samples are not.
 NUMBER = {"pictures": 64, "traverse": 8}
+# What an option is of, where not of all.
+KINDS = {
+    "steps": ("traverse",), "video": ("traverse",), "extent": ("traverse", "pairs"),
+    "truncation": ("pictures", "traverse"),
+}  # fmt: skip
+TITLES = {"pictures": "pictures", "traverse": "a traversal", "pairs": "pairs"}
 TRUNCATION = {"pictures": 1.0, "traverse": 0.7, "pairs": 1.0}
 
 
@@ -74,12 +80,12 @@ def wanted_of(asked: Mapping[str, Any]) -> Wanted:
         raise UsageError("--extent and --truncation are above 0", hint="e.g. --extent 4 --truncation 0.7")
     if asked.get("steps", 2) < 2:
         raise UsageError("--steps: a traversal has 2 values at least", hint="e.g. --steps 9")
-    if pairs is not None and truncation is not None:
-        raise UsageError("--truncation is for pictures and traversals; pairs have a fixed one", hint="leave it out")
     kind = "traverse" if asked.get("traverse") else "pairs" if pairs is not None else "pictures"
+    for option, kinds in KINDS.items():
+        if asked.get(option) is not None and kind not in kinds:
+            hint = "leave it out" if kind in asked else "add --traverse"
+            raise UsageError(f"--{option} is of {' and '.join(TITLES[each] for each in kinds)}", hint=hint)
     if asked.get("video") is not None:
-        if kind != "traverse":
-            raise UsageError("--video is of a traversal", hint="add --traverse")
         check_video(asked["video"])
     same = {key: asked[key] for key in ("seed", "steps", "extent", "sefa", "video") if key in asked}
     return Wanted(kind, pairs or number or NUMBER[kind], truncation=truncation or TRUNCATION[kind], **same)

@@ -151,6 +151,9 @@ def test_a_run_that_classifies_gives_what_its_last_layer_sees(runs: Path) -> Non
     [
         ("gan", ["--metrics", "fdi"], "did you mean 'fid'"),
         ("gan", ["--extent", "0"], "is not above 0"),
+        ("gan", ["--metrics", ","], "names none"),
+        ("gan", ["--metrics", "fid", "--num", "4", "--features", "./nothing"], "./nothing does not exist"),
+        ("gan", ["--generated", "made"], "found RUN and --generated"),
         ("classifier", ["--num", "10"], "draws nothing that is judged"),
     ],
 )

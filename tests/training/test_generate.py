@@ -142,11 +142,17 @@ def test_pairs_differ_in_one_coordinate(run: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "words", [["--traverse", "--pairs", "2"], ["--pairs", "2", "--num", "2"], ["--extent", "0"],
-              ["--pairs", "2", "--truncation", "0.5"]],
+              ["--pairs", "2", "--truncation", "0.5"], ["--steps", "5"], ["--pairs", "2", "--steps", "5"],
+              ["--num", "2", "--extent", "3"]],
 )  # fmt: skip
 def test_what_makes_no_sense_is_refused(run: Path, tmp_path: Path, words: list[str]) -> None:
     assert ortho("generate", run, *words, "-o", tmp_path / "x")[0] == 2
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_mistyped_run_is_told_apart_from_a_missing_prompt(tmp_path: Path) -> None:
+    code, out = ortho("generate", "nosuch", "-o", tmp_path / "x")
+    assert (code, "nosuch is neither a run nor a file here" in out.replace("\n", " ")) == (2, True)
 
 
 def test_a_classifier_makes_no_pictures(tmp_path: Path) -> None:
