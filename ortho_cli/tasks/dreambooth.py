@@ -9,21 +9,20 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from ortho_cli.models.stable_diffusion import StableDiffusion
 from ortho_cli.recipe.subjects import CLASS_PROMPT
 
 from .diffusion_task import DiffusionTask
 from .draws import seed_of, uniform
 from .image_specs import Split
-from .pictures import PictureFiles, Pictures, to_tensor
+from .pictures import Pictures, to_tensor
 from .subject_data import load_subject
-from .subject_pictures import MANIFEST, Drawn, draw, draw_class
+from .subject_pictures import MANIFEST, Drawn, class_pictures, draw, draw_class
 from .task import Batch, Losses
 
 if TYPE_CHECKING:
@@ -105,15 +104,8 @@ class DreamboothTask(DiffusionTask):
         super().__init__(task, data, seed=seed)
         self.config: Dreambooth = task
         self.data: SubjectPictures = data
-        self.how: Drawn
+        self.how = Drawn(data.size, task.steps, task.guidance)
         self._splits: dict[Split, SubjectSamples] = {}
-
-    def build_model(self, config: Any) -> StableDiffusion:
-        """As `DiffusionTask.build_model`; also says how its pictures are drawn."""
-        model = super().build_model(config)
-        base = Path(config.base).name if config.base is not None else f"random {config.size}"
-        self.how = Drawn(base, self.data.size, self.config.steps, self.config.guidance)
-        return model
 
     @property
     def class_folder(self) -> Path:
@@ -139,8 +131,7 @@ class DreamboothTask(DiffusionTask):
             subject = load_subject(self.data, self.config.subject)
             self._splits["eval"] = SubjectSamples(subject, None, self.data.size, None, len(subject))
         if split == "train" and split not in self._splits:
-            names = [f"{number:06d}.png" for number in range(self.config.class_pictures)]
-            others = PictureFiles(self.class_folder, names) if self.config.prior else None
+            others = class_pictures(self.class_folder, self.config.class_pictures) if self.config.prior else None
             seed = self.seed if self.data.crop == "random" else None
             subject = self._splits["eval"].subject
             self._splits["train"] = SubjectSamples(subject, others, self.data.size, seed, self.size("train"))

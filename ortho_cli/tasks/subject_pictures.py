@@ -16,13 +16,16 @@ import torch
 
 from ortho_cli.checkpoints.output import atomic
 from ortho_cli.errors import OutputError
+from ortho_cli.linalg.content import content_hash
+
+from .pictures import PictureFiles, decoded
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
     from ortho_cli.models.stable_diffusion import StableDiffusion
 
-__all__ = ["MANIFEST", "Drawn", "draw", "draw_class"]
+__all__ = ["MANIFEST", "Drawn", "class_pictures", "draw", "draw_class"]
 
 MANIFEST = "manifest.jsonl"
 PART = 4  # pictures at a time
@@ -30,9 +33,8 @@ PART = 4  # pictures at a time
 
 @dataclass(frozen=True)
 class Drawn:
-    """How pictures are drawn; the head of a folder's manifest."""
+    """How pictures are drawn; with what they are drawn of and by, the head of a folder's manifest."""
 
-    base: str
     size: int
     steps: int
     guidance: float
@@ -57,24 +59,31 @@ def draw(model: StableDiffusion, prompts: Sequence[str], seeds: Sequence[int], h
 def draw_class(model: StableDiffusion, folder: Path, prompt: str, count: int, how: Drawn) -> int:
     """See that a folder holds pictures of a class, `000000.png` and on, and draw those that are missing.
 
-    Pictures that nobody drew here, and no manifest, are taken as they are.
+    Pictures that nobody drew here, and no manifest, are taken as they are. All are decoded once.
 
     Returns:
         How many were drawn.
 
     Raises:
-        OutputError: the folder holds pictures that were drawn otherwise.
+        OutputError: the folder holds pictures that were drawn otherwise, or by other weights.
+        RecipeError: one of them is broken.
+
+    Cost: hashes the model's weights, two seconds for a thousand million, where the folder has a manifest or gets one.
     """
-    missing = [number for number in range(count) if not (folder / _name(number)).is_file()]
-    head = {"prompt": prompt, **asdict(how)}
+    names = [_name(number) for number in range(count)]
+    missing = [number for number, name in enumerate(names) if not (folder / name).is_file()]
     path = folder / MANIFEST
+    head = {"prompt": prompt, **asdict(how)}
+    if path.is_file() or missing:
+        head["weights"] = content_hash(dict(model.named_parameters()))
     if path.is_file():
         _check_same(folder, json.loads(path.read_text("utf-8").partition("\n")[0]), head)
     elif missing:
         if folder.is_dir() and any(folder.iterdir()):
             raise OutputError(
                 f"{folder} holds {count - len(missing)} of {count} class pictures, and no {MANIFEST} to go on by",
-                hint="name another task.class_folder, or as many pictures as there are: task.class_pictures",
+                hint=f"name one's own {_name(0)}, {_name(1)} and on, and their number: task.class_pictures; or another "
+                "task.class_folder",
             )
         folder.mkdir(parents=True, exist_ok=True)
         with atomic(path) as partial:
@@ -82,7 +91,25 @@ def draw_class(model: StableDiffusion, folder: Path, prompt: str, count: int, ho
     for number, picture in zip(missing, draw(model, [prompt] * len(missing), missing, how), strict=True):
         with atomic(folder / _name(number)) as partial:
             picture.save(partial, format="PNG")
+    for name in set(names) - {_name(number) for number in missing}:
+        decoded(folder / name, str(folder / name))
     return len(missing)
+
+
+def class_pictures(folder: Path, count: int) -> PictureFiles:
+    """The pictures that `draw_class` left.
+
+    Raises:
+        OutputError: they are not to be seen from here.
+    """
+    names = [_name(number) for number in range(count)]
+    lost = [name for name in names if not (folder / name).is_file()]
+    if lost:
+        raise OutputError(
+            f"{folder} lacks {len(lost)} of {count} class pictures, first {lost[0]}",
+            hint="processes on several machines need a task.class_folder that all of them see",
+        )
+    return PictureFiles(folder, names)
 
 
 def _name(number: int) -> str:

@@ -66,6 +66,17 @@ def test_the_loss_on_the_subject_falls(tmp_path: Path) -> None:
     assert train(load_train(path)).metrics["eval/loss"] < 0.95 * before
 
 
+def test_everything_random_belongs_to_the_sample(tmp_path: Path) -> None:
+    session = open_session(load_train(recipe(tmp_path, "run")))
+    whole = next(session.task.batches("train", 1, batch=2))
+    halves = [next(session.task.batches("train", 1, batch=2, rank=rank, world=2)) for rank in range(2)]
+    assert whole.keys() == {"index"} | session.task.example(2).keys()
+    for name, value in whole.items():
+        assert torch.equal(torch.cat([half[name] for half in halves]), value)
+    assert not torch.equal(whole["noise"], whole["class_noise"])
+
+
+@pytest.mark.slow
 def test_two_processes_are_one(tmp_path: Path) -> None:
     alone, both = (recipe(tmp_path, name, run="{dir: FOLDER, save_every_steps: 4}") for name in ("alone", "both"))
     train(load_train(alone))
@@ -85,12 +96,20 @@ def test_class_pictures_drawn_otherwise_are_refused_and_those_of_ones_own_taken(
     open_session(load_train(recipe(tmp_path, "run")))
     with pytest.raises(OutputError, match=r"guidance was 7\.5, now 2\.0"):
         open_session(load_train(recipe(tmp_path, "other", ", guidance: 2.0")))
+    with pytest.raises(OutputError, match="weights was"):  # by another model of the same name
+        open_session(load_train(recipe(tmp_path, "other"), ["train.seed=1"]))
+    (tmp_path / "classes" / "cat" / "000001.png").write_bytes(b"no picture")
+    with pytest.raises(RecipeError, match="no picture that Pillow can read") as caught:
+        open_session(load_train(recipe(tmp_path, "run")))
+    assert str(caught.value.where).endswith("000001.png")
     own = tmp_path / "own" / "classes" / "cat"
     own.mkdir(parents=True)
     for number in range(3):
         Image.new("RGB", (40, 32), (number, 0, 0)).save(own / f"{number:06d}.png")
-    open_session(load_train(recipe(tmp_path / "own", "run")))
+    session = open_session(load_train(recipe(tmp_path / "own", "run")))
     (own / "000001.png").unlink()
+    with pytest.raises(OutputError, match=r"lacks 1 of 3 class pictures, first 000001\.png"):  # as on another machine
+        next(session.task.batches("train", 0, batch=2))
     with pytest.raises(OutputError, match="holds 2 of 3 class pictures"):
         open_session(load_train(recipe(tmp_path / "own", "run")))
 
