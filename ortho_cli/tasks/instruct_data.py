@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ortho_cli.errors import RecipeError, UsageError
+from ortho_cli.errors import RecipeError
 
 from .arithmetic import arithmetic
 from .image_specs import Split
 from .instruct_specs import SPECS, PairSpec
+from .text_files import open_dataset
 
 if TYPE_CHECKING:
     from ortho_cli.recipe.instruct import Instructions
@@ -22,6 +23,7 @@ __all__ = ["Pairs", "load_pairs"]
 BUILDERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 JUDGE_SEED = 0  # of the samples that are judged on, where only some are: the same for all runs
 MADE_TO_JUDGE = 500
+WANTED = "what is expected, and how to get it: ortho recipe check --data RECIPE"
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,11 @@ def _read(config: Instructions, spec: PairSpec, part: str, path: str | None, sou
 def _text(value: Any, name: str, column: str) -> str:
     if value is None:
         raise RecipeError(f"{name} has a row without a {column}")
+    if not isinstance(value, (str, int, float)):
+        raise RecipeError(
+            f"{name} has a {type(value).__name__} for a {column}, expected text",
+            hint="write each query and its response as a column of their own",
+        )
     return str(value)
 
 
@@ -158,33 +165,17 @@ def _local(spec: PairSpec, part: str, path: Path) -> tuple[Any, str]:
     builder = BUILDERS.get(files[0].suffix)
     if builder is None:
         raise RecipeError(f"{path} is none of {', '.join(BUILDERS)}")
-    return _load(builder, str(path), data_files=[str(file) for file in files], split="train"), path.name
+    paths = [str(file) for file in files]
+    return open_dataset(str(path), builder, data_files=paths, split="train", hint=WANTED), path.name
 
 
 def _hub(spec: PairSpec, part: str, source: str | None) -> tuple[Any, str]:
     name, _, revision = (source or spec.hub or "").partition("@")
     options = {"split": "train" if part == "train" else spec.test or "test", "revision": revision or None}
     configs: tuple[str | None, ...] = (spec.configs if source is None else ()) or (None,)
-    found = [_load(name, name, name=config, **options) for config in configs]
+    found = [open_dataset(f"the hub set {name!r}", name, config, hint=WANTED, **options) for config in configs]
     if len(found) == 1:
         return found[0], name
     import datasets
 
     return datasets.concatenate_datasets(found), name
-
-
-def _load(builder: str, what: str, **options: Any) -> Any:
-    try:
-        import datasets
-    except ImportError as error:
-        raise UsageError(
-            "data of queries and responses needs datasets", hint="pip install 'ortho-cli[text]'"
-        ) from error
-    try:
-        return datasets.load_dataset(builder, **options)
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetGenerationError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise RecipeError(
-            f"{what} does not open: {reason}",
-            hint="what is expected, and how to get it: ortho recipe check --data RECIPE",
-        ) from error

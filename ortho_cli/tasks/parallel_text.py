@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from ortho_cli.errors import RecipeError, UsageError
+from ortho_cli.errors import RecipeError
 
 from .catalogues import catalogue_messages, message_part
+from .text_files import open_dataset
 
 if TYPE_CHECKING:
     from ortho_cli.recipe.translation import Parallel
@@ -136,26 +137,14 @@ def _files(folder: Path, languages: tuple[str, str], part: Part) -> list[Pair]:
 
 def _hub(config: Parallel, part: Part) -> list[Pair]:
     """A split of a hub set, whose column `translation` holds both languages."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise UsageError(
-            f"data {config.name} from the hub needs the datasets library",
-            hint="pip install 'ortho-cli[text]'; or name a local folder: data.path",
-        ) from error
     spec = SPECS[config.name]
     name, _, revision = (config.source or spec.hub or "").partition("@")
     usual = config.source is None
-    try:
-        found = datasets.load_dataset(
-            name, spec.config if usual else None, revision=revision or (spec.revision if usual else None)
-        )
-    except (OSError, ValueError, RuntimeError) as error:  # unreachable or gated; no such configuration; a script
-        reason = str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
-        raise RecipeError(
-            f"data {config.name}: the hub set {name!r} does not open: {reason}",
-            hint="name a local folder: data.path, see: ortho recipe check --data",
-        ) from error
+    found = open_dataset(
+        f"data {config.name}: the hub set {name!r}", name, spec.config if usual else None,
+        revision=revision or (spec.revision if usual else None),
+        hint="name a local folder: data.path, see: ortho recipe check --data",
+    )  # fmt: skip
     split = next((word for word in NAMES[part] if word in found), None)
     if split is None:
         raise RecipeError(f"the hub set {name!r} has the splits {', '.join(found)}, and none for {part}")

@@ -7,7 +7,7 @@ from typing import Any
 
 from ortho_cli.errors import RecipeError, UsageError
 
-__all__ = ["EVALUATION", "hub_table", "local_table"]
+__all__ = ["EVALUATION", "hub_table", "local_table", "open_dataset"]
 
 BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
     # "NA" and "null" are words; an empty field stays an empty text, and is refused as one.
@@ -19,6 +19,7 @@ BUILDERS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 EVALUATION = ("validation", "val", "valid", "dev", "test")  # what the split to judge by is called, first one first
 SHOWN = 200  # letters of another library's message
+EMPTY = "has no rows"
 
 
 def local_table(path: str, split: str) -> Any | None:
@@ -54,7 +55,7 @@ def local_table(path: str, split: str) -> Any | None:
         raise RecipeError(f"data.path: {path!r} has {split} as {' and as '.join(sorted(kinds))}; keep one of them")
     builder, options = BUILDERS[kinds.pop()]
     names = [str(file) for file in files]
-    return _load(f"data.path {path!r}", builder, data_files={"train": names}, split="train", **options)
+    return open_dataset(f"data.path {path!r}", builder, data_files={"train": names}, split="train", **options)
 
 
 def hub_table(source: str, config: str | None) -> dict[str, Any]:
@@ -69,17 +70,38 @@ def hub_table(source: str, config: str | None) -> dict[str, Any]:
         UsageError: `datasets` is not installed.
     """
     name, _, revision = source.partition("@")
-    return dict(_load(f"the hub set {name!r}", name, config, revision=revision or None))
+    return dict(open_dataset(f"the hub set {name!r}", name, config, revision=revision or None))
 
 
-def _load(what: str, *arguments: Any, **options: Any) -> Any:
+def open_dataset(what: str, *arguments: Any, hint: str | None = None, **options: Any) -> Any:
+    """What `datasets.load_dataset` gives, or why it gives nothing.
+
+    Args:
+        what: is opened, as messages call it.
+        arguments: of `load_dataset`.
+        hint: of the error.
+        options: of `load_dataset`.
+
+    Raises:
+        RecipeError: not there, not reachable, gated, empty or malformed.
+        UsageError: `datasets` is not installed.
+    """
     try:
         import datasets
     except ImportError as error:
         raise UsageError(f"{what} needs the datasets library", hint="pip install 'ortho-cli[text]'") from error
+    logs = datasets.logging
+    level = logs.get_verbosity()
+    logs.set_verbosity(logs.CRITICAL)  # what it logs of a broken file, the error says again
     try:
         return datasets.load_dataset(*arguments, **options)
+    except StopIteration as error:  # a file of JSON lines without a line
+        raise RecipeError(f"{what} {EMPTY}", hint=hint) from error
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetGenerationError) as error:
         cause = error.__cause__ or error  # "An error occurred while generating the dataset" says nothing
         reason = (str(cause).strip() or type(cause).__name__).splitlines()[0][:SHOWN]
-        raise RecipeError(f"{what} does not open: {reason}") from error
+        if reason.endswith("corresponds to no data!"):
+            raise RecipeError(f"{what} {EMPTY}", hint=hint) from error
+        raise RecipeError(f"{what} does not open: {reason}", hint=hint) from error
+    finally:
+        logs.set_verbosity(level)

@@ -258,6 +258,21 @@ def test_data_that_is_not_there(keys: dict[str, str], words: str, tmp_path: Path
         load_pairs(config, "train")
 
 
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        ("", "has no rows"),
+        ('{"query": "q", "response": "r"}\n{"query": "q", "resp\n', "does not open: JSON parse error"),
+        ('{"query": [{"role": "user", "content": "q"}], "response": "r"}\n', "has a list for a query, expected text"),
+        ('{"query": "q", "response": null}\n{"query": "q", "response": "r"}\n', "has a row without a response"),
+    ],
+)
+def test_rows_that_are_no_queries(lines: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text(lines, "utf-8")
+    with pytest.raises(RecipeError, match=words):
+        load_pairs(section(name="instruct-file", path=str(tmp_path / "a.jsonl"), samples=4000), "train")
+
+
 def test_more_held_out_than_there_is(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_text('{"query": "q", "response": "r"}', "utf-8")
     config = section(name="instruct-file", path=str(tmp_path / "a.jsonl"), samples=4000)
@@ -267,7 +282,7 @@ def test_more_held_out_than_there_is(tmp_path: Path) -> None:
 
 def test_the_library_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UsageError, match="needs datasets") as caught:
+    with pytest.raises(UsageError, match="needs the datasets library") as caught:
         load_pairs(section(name="gsm8k", samples=4000), "train")
     assert "ortho-cli[text]" in str(caught.value.hint)
 

@@ -175,6 +175,10 @@ def test_places_without_data(tmp_path: Path) -> None:
     (tmp_path / "broken.json").write_text("{", "utf-8")
     with pytest.raises(RecipeError, match="does not open"):
         load_texts(section(name="text-table", path=str(tmp_path / "broken.json")), "train")
+    for name, text in (("none.jsonl", ""), ("head.csv", "text,label\n")):
+        (tmp_path / name).write_text(text, "utf-8")
+        with pytest.raises(RecipeError, match="has no rows"):
+            load_texts(section(name="text-table", path=str(tmp_path / name)), "train")
     for kind in ("csv", "tsv"):
         write_rows(tmp_path / f"train.{kind}", [{"text": "a", "label": "x"}])
     with pytest.raises(RecipeError, match=r"train as .csv and as .tsv"):
