@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from ortho_cli import registry
 
@@ -125,12 +126,13 @@ class InstructTask(Task):
         if self.log.path is None:  # of an earlier state of the model
             self.log = ItemLog()
         log, asks = self.log, self.config.grader != "none"
-        sums = torch.zeros(6, dtype=torch.float64)
+        if isinstance(model, DistributedDataParallel):
+            model = model.module  # a process may have fewer rows than another, and then none to wait for
+        sums = torch.zeros(6, dtype=torch.float64, device=next(model.parameters()).device)
         for batch in batches:
             if not len(batch["input_ids"]):
                 continue
             labels = batch["labels"]
-            sums = sums.to(labels.device)
             sums[0] += _loss_sum(model(batch["input_ids"], batch.get("position_ids")), labels).double()
             sums[1] += (labels[:, 1:] != IGNORED).sum()
             if not asks or "index" not in batch:  # training samples are judged by their loss alone

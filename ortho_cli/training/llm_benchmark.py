@@ -149,8 +149,15 @@ def _model(base: str | None, sizes: Mapping[str, int], dtype: torch.dtype) -> nn
         unknown = [name for name in sizes if name not in known]
         if unknown:
             raise UsageError(f"LlamaConfig has no {unknown[0]!r}", hint=f"e.g. {', '.join(SMALL)}")
+        from huggingface_hub.errors import StrictDataclassError
+
+        try:
+            config = library.LlamaConfig(**{**SMALL, **sizes})
+        except (ValueError, StrictDataclassError) as error:
+            reason = str(error.__cause__ or error).splitlines()[0]
+            raise UsageError(f"no LLaMA has such sizes: {reason}", hint="its heads share hidden_size evenly") from error
         torch.manual_seed(0)
-        model = library.AutoModelForCausalLM.from_config(library.LlamaConfig(**{**SMALL, **sizes})).to(dtype)
+        model = library.AutoModelForCausalLM.from_config(config).to(dtype)
     model.config.use_cache = False  # type: ignore[union-attr]
     return model.requires_grad_(False).train()
 

@@ -75,6 +75,11 @@ def test_a_given_model_and_recomputed_activations(tmp_path: Path) -> None:
         measure_llm(str(base), sizes=TINY)
 
 
+def test_sizes_that_no_llama_has() -> None:
+    with pytest.raises(UsageError, match="no LLaMA has such sizes: RoPE requires an even rotary dimension"):
+        measure_llm(sizes={"hidden_size": 100}, **SHORT)
+
+
 def test_without_peft_ours_stand_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llm_benchmark, "find_spec", lambda name: None)
     found = measure_llm(sizes=TINY, **SHORT)
