@@ -18,7 +18,7 @@ from pathlib import Path, PurePosixPath
 from ortho_cli.errors import RecipeError
 
 from .image_specs import Split
-from .picture_folders import METADATA, every_picture, split_folder
+from .picture_folders import METADATA, every_picture, lines_of, split_folder
 
 __all__ = ["KEYS", "TREE", "CaptionRow", "caption_rows"]
 
@@ -82,7 +82,7 @@ def _rows(root: Path) -> Iterator[CaptionRow]:
 
 def _listed(root: Path) -> Iterator[CaptionRow]:
     """The pictures of a `metadata.jsonl`."""
-    for number, line in enumerate((root / METADATA).read_text("utf-8").splitlines(), start=1):
+    for number, line in enumerate(lines_of(root / METADATA), start=1):
         if line.strip():
             yield _row_of_line(root, line, f"{root / METADATA}:{number}")
 
@@ -117,9 +117,13 @@ def _beside(root: Path, repeats: int, words: str) -> Iterator[CaptionRow]:
     for name in pictures:
         path = root / name
         text = path.with_suffix(".txt")
-        lines = text.read_text("utf-8").splitlines() if text.is_file() else [words]
+        fault = f"{text.name} is empty" if text.is_file() else f"no {text.name} beside it"
+        try:
+            lines = lines_of(text) if text.is_file() else [words]
+        except RecipeError as error:
+            lines, fault = [], f"{text.name}: {error.message}"
         captions = tuple(line.strip() for line in lines if line.strip())
-        fault = "" if captions else f"{text.name} is empty" if text.is_file() else f"no {text.name} beside it"
+        fault = "" if captions else fault
         yield CaptionRow(path, captions, str(path), repeats, fault)
     for text in sorted(root.rglob("*.txt")):
         if text.relative_to(root).with_suffix("").as_posix() not in stems:

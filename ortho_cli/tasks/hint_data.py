@@ -121,7 +121,7 @@ def load_hints(config: HintedPictures, split: Split) -> HintSet:
     faults = [fault for fault in found if fault is not None]
     if faults and not config.skip_bad:
         more = f" ({len(faults) - 1} more samples of {split} are bad too)" if len(faults) > 1 else ""
-        hint_text = faults[0].hint or "leave out samples whose files are bad with data.skip_bad: true"
+        hint_text = faults[0].hint or "leave bad samples out: --skip-bad, or data.skip_bad: true"
         raise RecipeError(f"{faults[0].message}{more}", hint=hint_text, where=faults[0].where)
     kept = [row for row, fault in zip(rows, found, strict=True) if fault is None]
     if not kept:
@@ -130,7 +130,9 @@ def load_hints(config: HintedPictures, split: Split) -> HintSet:
 
 
 def _fault(row: HintRow) -> RecipeError | None:
-    """What is wrong with the files of a sample, at the line that names them."""
+    """What is wrong with a sample: its line, or the files that this names."""
+    if row.fault is not None:
+        return row.fault
     shapes = []
     for what, path in (("picture", row.picture), ("hint", row.hint)):
         if path is None:

@@ -17,7 +17,7 @@ from ortho_cli.errors import RecipeError
 
 from .hint_specs import SPECS, HintSpec
 from .image_specs import Split
-from .picture_folders import METADATA, split_folder
+from .picture_folders import METADATA, lines_of, split_folder
 
 if TYPE_CHECKING:
     from ortho_cli.recipe.data_hints import HintedPictures, HintKind
@@ -30,12 +30,16 @@ SHAPES = "expected source, target and prompt, or image and prompt, or file_name 
 
 @dataclass(frozen=True)
 class HintRow:
-    """One sample: its files, its prompt, and the line it stands in. Without a hint, that is made of the picture."""
+    """One sample: its files, its prompt, and the line it stands in; or what is wrong with that line.
+
+    Without a hint, that is made of the picture.
+    """
 
     picture: Path
     hint: Path | None
     prompt: str
     where: str
+    fault: RecipeError | None = None
 
 
 def read_rows(config: HintedPictures, split: Split) -> tuple[list[HintRow], bool]:
@@ -49,8 +53,8 @@ def read_rows(config: HintedPictures, split: Split) -> tuple[list[HintRow], bool
         The rows, and whether they are of that split; else they are of both, and are yet to be parted.
 
     Raises:
-        RecipeError: no such folder or no file of prompts (with the tree that was expected); or a line that is none of
-            the three forms, leaves the folder, or has no hint where none can be made.
+        RecipeError: no such folder or no file of prompts (with the tree that was expected), or nothing in it. A line
+            that is none of the three forms, leaves the folder, or has no hint where none can be made, is a faulty row.
     """
     assert config.path is not None
     folder, spec = Path(config.path).expanduser(), SPECS[config.name]
@@ -62,7 +66,13 @@ def read_rows(config: HintedPictures, split: Split) -> tuple[list[HintRow], bool
         index, root = _index(folder, spec, None)
     if index is None:
         raise missing_hints(spec, f"data.path {str(folder)!r} has no file of prompts for {split}", str(folder))
-    rows = [_row(value, where, root, spec, config.hint, split) for value, where in _entries(index)]
+    rows = []
+    for entry, where in _entries(index):
+        try:
+            value = _object(_json(entry, where) if isinstance(entry, str) else entry, where)
+            rows.append(_row(value, where, root, spec, config.hint, split))
+        except RecipeError as fault:
+            rows.append(HintRow(root, None, "", where, fault))
     if not rows:
         raise RecipeError("it names no picture", where=str(index))
     return rows, not whole
@@ -90,17 +100,14 @@ def _index(folder: Path, spec: HintSpec, split: Split | None) -> tuple[Path | No
     return None, root
 
 
-def _entries(index: Path) -> Iterator[tuple[dict[str, Any], str]]:
-    """Every object of a file, one a line or all in one array, with the place to name in an error."""
-    text = index.read_text("utf-8")
-    if text.lstrip().startswith("["):
-        for number, value in enumerate(_json(text, str(index))):
-            yield _object(value, f"{index}: entry {number}"), f"{index}: entry {number}"
+def _entries(index: Path) -> Iterator[tuple[Any, str]]:
+    """Every entry of a file, a line that is yet to be parsed or a value of one array, and the place to name for it."""
+    lines = lines_of(index)
+    if next((line for line in lines if line.strip()), "").lstrip().startswith("["):
+        for number, value in enumerate(_json("\n".join(lines), str(index))):
+            yield value, f"{index}: entry {number}"
         return
-    for number, line in enumerate(text.splitlines(), start=1):
-        if line.strip():
-            where = f"{index}:{number}"
-            yield _object(_json(line, where), where), where
+    yield from ((line, f"{index}:{number}") for number, line in enumerate(lines, start=1) if line.strip())
 
 
 def _json(text: str, where: str) -> Any:

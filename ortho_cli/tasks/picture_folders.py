@@ -5,6 +5,7 @@ Classes are numbered in the order of their sorted names, as on the hub and in ev
 
 from __future__ import annotations
 
+import io
 import json
 import os
 from collections.abc import Sequence
@@ -16,8 +17,8 @@ from ortho_cli.errors import RecipeError
 from .image_specs import Split
 
 __all__ = [
-    "METADATA", "SPLIT_FOLDERS", "Listing", "class_folders", "every_picture", "metadata_listing", "split_folder",
-    "tiny_imagenet",
+    "METADATA", "SPLIT_FOLDERS", "Listing", "class_folders", "every_picture", "lines_of", "metadata_listing",
+    "split_folder", "tiny_imagenet",
 ]  # fmt: skip
 
 SPLIT_FOLDERS: dict[Split, tuple[str, ...]] = {
@@ -50,6 +51,22 @@ def every_picture(root: Path, *, deep: bool = True) -> list[str]:
         folders[:] = [name for name in folders if deep and not name.startswith(".")]
         found += [(Path(here) / name).relative_to(root).as_posix() for name in names if _is_picture(name)]
     return sorted(found)
+
+
+def lines_of(path: Path) -> list[str]:
+    """The lines of a text file, without the mark of its encoding that some editors put in front.
+
+    Only line feeds and carriage returns end one: a caption may hold other separators.
+
+    Raises:
+        RecipeError: it is not UTF-8; with the line.
+    """
+    content = path.read_bytes()
+    try:
+        return [line.rstrip("\n") for line in io.StringIO(content.decode("utf-8-sig"), newline=None)]
+    except UnicodeDecodeError as error:
+        number = content.count(b"\n", 0, error.start) + 1
+        raise RecipeError("it is not UTF-8 text", hint="save it as UTF-8", where=f"{path}:{number}") from error
 
 
 def class_folders(root: Path, classes: Sequence[str] | None = None) -> Listing:
@@ -97,7 +114,7 @@ def tiny_imagenet(root: Path, split: Split) -> Listing:
     number = {name: label for label, name in enumerate(train)}
     files: list[str] = []
     labels: list[int] = []
-    for line_number, line in enumerate(table.read_text("utf-8").splitlines(), start=1):
+    for line_number, line in enumerate(lines_of(table), start=1):
         name, _, rest = line.partition("\t")
         wnid = rest.partition("\t")[0]
         if wnid not in number or not (root / "val" / "images" / name).is_file():
@@ -119,7 +136,7 @@ def metadata_listing(root: Path, classes: Sequence[str] | None = None) -> Listin
     """
     rows: list[tuple[str, str | int]] = []
     path = root / METADATA
-    for line_number, line in enumerate(path.read_text("utf-8").splitlines(), start=1):
+    for line_number, line in enumerate(lines_of(path), start=1):
         if line.strip():
             rows.append(_metadata_row(line, f"{path}:{line_number}"))
     if not rows:

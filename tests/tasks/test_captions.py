@@ -44,7 +44,9 @@ def metadata(folder: Path, *lines: object) -> None:
 def test_metadata_jsonl(tmp_path: Path) -> None:
     for name in ("a.png", "in/b.png"):
         picture(tmp_path / name)
-    metadata(tmp_path, {"file_name": "a.png", "text": "a"}, {"file_name": "in/b.png", "captions": ["b one", "b two"]})
+    metadata(
+        tmp_path, '{"file_name": "a.png", "text": "a\u2028"}', {"file_name": "in/b.png", "captions": ["b one", "b two"]}
+    )
     found = load_captions(section(tmp_path), "train")
     assert found.captions == (("a",), ("b one", "b two"))
     assert (found.sizes, len(load_captions(section(tmp_path), "eval"))) == (((20, 10), (20, 10)), 0)
@@ -57,6 +59,7 @@ def test_text_files_and_kohyas_folders(tmp_path: Path) -> None:
     for name in ("3_zwx dog/a.png", "3_zwx dog/b.png", "1_dog/c.png"):
         picture(tmp_path / "kohya" / name)
     (tmp_path / "kohya" / "3_zwx dog" / "b.txt").write_text("zwx dog, on grass")
+    (tmp_path / "kohya" / "1_dog" / "c.txt").write_bytes("dog".encode("utf-8-sig"))  # as some editors write it
     found = load_captions(section(tmp_path / "kohya"), "train")
     said = Counter(found.captions[place] for place in found.places)
     assert said == {("zwx dog",): 3, ("zwx dog, on grass",): 3, ("dog",): 1}
@@ -105,6 +108,9 @@ def test_faults_stop_with_file_and_line_or_are_left_out(kind: str, tmp_path: Pat
 def test_captions_without_pictures_and_pictures_without_captions(tmp_path: Path) -> None:
     picture(tmp_path / "a.png")
     with pytest.raises(RecipeError, match=r"no a\.txt beside it"):
+        load_captions(section(tmp_path), "train")
+    (tmp_path / "a.txt").write_bytes("caf\u00e9".encode("latin-1"))
+    with pytest.raises(RecipeError, match=r"a\.txt: it is not UTF-8 text"):
         load_captions(section(tmp_path), "train")
     (tmp_path / "a.txt").write_text("a")
     (tmp_path / "b.txt").write_text("b")

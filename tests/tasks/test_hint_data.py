@@ -183,8 +183,20 @@ def test_a_wrong_line_is_named(line: str, tmp_path: Path) -> None:
     index = tmp_path / "prompt_train_blip.json"
     index.write_text(index.read_text("utf-8") + "\n" + line + "\n", "utf-8")
     with pytest.raises(RecipeError, match=LINES[line]) as caught:
-        load_hints(section("ade20k-hints", tmp_path, skip_bad=True, hint="segm"), "train")
+        load_hints(section("ade20k-hints", tmp_path, hint="segm"), "train")
     assert caught.value.where == f"{index}:5"
+    kept = load_hints(section("ade20k-hints", tmp_path, skip_bad=True, hint="segm"), "train")
+    assert (len(kept), len(kept.faults)) == (3, 1)
+    assert kept.faults[0].startswith(f"{index}:5: ")
+
+
+def test_what_is_no_text_is_named_with_its_line(tmp_path: Path) -> None:
+    published(tmp_path, "segm")
+    index = tmp_path / "prompt_train_blip.json"
+    index.write_bytes(index.read_bytes().replace(b"no 1", "caf\u00e9".encode("latin-1")))
+    with pytest.raises(RecipeError, match="it is not UTF-8 text") as caught:
+        load_hints(section("ade20k-hints", tmp_path, hint="segm"), "train")
+    assert caught.value.where == f"{index}:2"
 
 
 def test_what_is_not_there_says_what_it_would_be(tmp_path: Path) -> None:
