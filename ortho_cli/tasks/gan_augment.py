@@ -28,7 +28,7 @@ def augment(pictures: Tensor, draws: Tensor, share: float = 1.0) -> Tensor:
         share: the probability of each change.
 
     Returns:
-        As `pictures`; black is -1 where they were shifted away, grey 0 where they were cut.
+        As `pictures`; black is -1 where they were shifted away (in the release grey), grey 0 where they were cut.
 
     >>> pictures = torch.rand(2, 3, 8, 8)
     >>> torch.equal(augment(pictures, torch.rand(2, DRAWS), share=0.0), pictures)

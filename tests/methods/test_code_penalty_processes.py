@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -52,19 +51,25 @@ def trained(name: str, rank: int, world: int) -> tuple[dict[str, Tensor], list[f
     return {key: value.detach().clone() for key, value in model.generator.state_dict().items()}, told
 
 
-def work(rank: int, name: str, folder: str) -> None:
+def work(rank: int, folder: str) -> None:
     """What each process does; results are compared by the parent."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD)
-    torch.save(trained(name, rank, WORLD), f"{folder}/rank{rank}.pt")
+    torch.save({name: trained(name, rank, WORLD) for name in METHODS}, f"{folder}/rank{rank}.pt")
     dist.destroy_process_group()
 
 
+@pytest.fixture(scope="module")
+def of_two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("ranks")
+    mp.spawn(work, args=(str(folder),), nprocs=WORLD)
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(WORLD)]
+
+
 @pytest.mark.parametrize("name", list(METHODS))
-def test_two_processes_train_as_one(tmp_path: Path, name: str) -> None:
-    mp.spawn(work, args=(name, str(tmp_path)), nprocs=WORLD)
+def test_two_processes_train_as_one(of_two: list[dict[str, Any]], name: str) -> None:
     weights, told = trained(name, 0, 1)
-    results = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(WORLD)]
+    results = [each[name] for each in of_two]
     for found, _ in results:
         assert found.keys() == weights.keys()
         for key, value in weights.items():

@@ -30,7 +30,11 @@ SECTIONS = {
 
 
 def test_killed_and_resumed_bit_for_bit(tmp_path: Path) -> None:
-    more = SECTIONS["methods"].removesuffix("]") + ", {name: vp, penalty: 0.1}]"  # which learns a classifier beside it
+    more = SECTIONS["methods"].removesuffix("]") + (
+        ", {name: olr, targets: [subspace]}"
+        ", {name: track_conditioning, targets: [feature_conv1, discriminator.0], every: 2}"
+        ", {name: vp, penalty: 0.1}]"  # which learns a classifier beside it
+    )
     sections = {**SECTIONS, "methods": more}
     train(load_train(write(tmp_path, "whole", **sections)))
     broken = write(tmp_path, "broken", **sections)
@@ -41,6 +45,8 @@ def test_killed_and_resumed_bit_for_bit(tmp_path: Path) -> None:
     assert grids[0] == grids[1]
     assert len(lines_of(tmp_path / "whole", "train/discriminator/r1")) == STEPS // 2
     assert len(lines_of(tmp_path / "whole", "method/vp/accuracy")) == STEPS
+    assert len(lines_of(tmp_path / "whole", "method/olr/rate_mean")) == STEPS
+    assert lines_of(tmp_path / "whole", "method/track_conditioning/measured_at") == [1, 2, 2, 4, 4, 6]
     folder = last_checkpoint(tmp_path / "whole")
     assert folder is not None
     assert {name.partition(".")[0] for name in load_tensors(folder / "model.safetensors")} == set(GANTask.phases)
