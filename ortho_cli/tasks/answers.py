@@ -12,10 +12,11 @@ import threading
 from collections.abc import Iterator
 from fractions import Fraction
 from importlib import import_module
+from typing import Any
 
 from ortho_cli.errors import UsageError
 
-__all__ = ["final_answer", "last_boxed", "plain", "same_answer"]
+__all__ = ["final_answer", "last_boxed", "math_verify", "plain", "same_answer"]
 
 MARKER = re.compile(r"(?:the\s+(?:final\s+)?answer\s+is\s*:?|####)\s*", re.IGNORECASE)
 SENTENCE_END = re.compile(r"\.(?=\s+[A-Z])")  # behind it another sentence begins
@@ -149,15 +150,24 @@ def _word(text: str) -> str | None:
     return " ".join(bare.rstrip(".").casefold().split()) if WORD.fullmatch(bare) else None
 
 
-def _verified(gold: str, answer: str) -> bool:
-    """Whether math-verify takes the answer for the gold one."""
+def math_verify(gold: str, answer: str) -> Any:
+    """The library that compares two answers, which an error names.
+
+    Raises:
+        UsageError: it is not installed.
+    """
     try:
-        library = import_module("math_verify")
+        return import_module("math_verify")
     except ImportError as error:
         raise UsageError(
             f"comparing the answers {gold[:40]!r} and {answer[:40]!r} needs math-verify",
-            hint="pip install 'ortho-cli[text]'; or give task.grader: exact",
+            hint="pip install 'ortho-cli[text]'; or give task.grader: exact, and no task.compat",
         ) from error
+
+
+def _verified(gold: str, answer: str) -> bool:
+    """Whether math-verify takes the answer for the gold one."""
+    library = math_verify(gold, answer)
     # Its clock is a signal, which only the main thread may set.
     timeout = TIMEOUT if threading.current_thread() is threading.main_thread() else None
     found = [library.parse(f"${_ungrouped(text)}$", parsing_timeout=timeout) for text in (gold, answer)]

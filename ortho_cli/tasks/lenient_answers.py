@@ -14,7 +14,9 @@ import math
 import re
 from importlib import import_module
 
-from .answers import last_boxed
+from ortho_cli.errors import RecipeError
+
+from .answers import last_boxed, math_verify
 
 __all__ = ["lenient_gsm8k", "lenient_math", "math_equal", "normalized"]
 
@@ -29,12 +31,20 @@ def lenient_gsm8k(response: str, gold: str) -> bool:
 
     Args:
         response: the whole text that the model gave.
-        gold: the gold answer's text, a whole number behind "#### ".
+        gold: the gold answer's text, a whole number behind "####".
+
+    Raises:
+        RecipeError: another gold answer.
 
     >>> lenient_gsm8k("The answer is: 18", "#### 1800"), lenient_gsm8k("It is 18.", "#### 18")
     (True, False)
     """
-    wanted = int(gold.rpartition("#### ")[2].replace(",", ""))
+    number = gold.rpartition("####")[2].strip().replace(",", "")
+    if not re.fullmatch(r"[-+]?\d+", number):
+        raise RecipeError(
+            f"the published grader knows whole numbers only, and {number[:40]!r} is right", hint="leave out task.compat"
+        )
+    wanted = int(number)
     found = _first_number(response.rpartition(MARKER)[2]) if MARKER in response else None
     return found is not None and (found == wanted or math_equal(str(found), str(wanted)))
 
@@ -157,7 +167,7 @@ def _float(text: str) -> float | None:
 
 
 def _symbolic_equal(first: str, second: str) -> bool:
-    parse, sympy = import_module("math_verify").parse, import_module("sympy")
+    parse, sympy = math_verify(first, second).parse, import_module("sympy")
     found = [parse(f"${text}$") for text in (first, second)]
     if not all(found):
         return False

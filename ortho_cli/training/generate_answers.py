@@ -31,7 +31,7 @@ class AnswerMaking(TextMaking):
         asked: the options that were typed.
 
     Raises:
-        UsageError: no `--input` and no `--prompt`, both of them, or a file without a query.
+        UsageError: no `--input` and no `--prompt`, both of them, a file without a query, or an empty one.
         RecipeError: a file that cannot be read.
     """
 
@@ -49,6 +49,8 @@ class AnswerMaking(TextMaking):
         if "input" in asked and "prompt" in asked:
             raise UsageError("--input and --prompt both bring queries", hint="leave one of them out")
         queries = read_queries(Path(asked["input"])) if "input" in asked else list(asked["prompt"])
+        if not all(query.strip() for query in queries):
+            raise UsageError("one of the queries is empty", hint="an answer needs a question")
         stem = Path(asked["input"]).stem if "input" in asked else "prompts"
         super().__init__(source, asked, queries, whole=f"{stem}.answers.jsonl", part=PART)
 

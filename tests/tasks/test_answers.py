@@ -9,7 +9,7 @@ import threading
 
 import pytest
 
-from ortho_cli.errors import UsageError
+from ortho_cli.errors import RecipeError, UsageError
 from ortho_cli.tasks.answers import final_answer, last_boxed, same_answer
 from ortho_cli.tasks.lenient_answers import lenient_gsm8k, lenient_math, math_equal
 
@@ -103,6 +103,8 @@ def test_the_library_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatc
     with pytest.raises(UsageError, match="needs math-verify") as caught:
         same_answer(r"\sqrt{8}", r"2\sqrt{2}")
     assert "ortho-cli[text]" in str(caught.value.hint)
+    with pytest.raises(UsageError, match="needs math-verify"):
+        lenient_math(r"The answer is: \sqrt{8}", r"\boxed{2\sqrt{2}}")
 
 
 @pytest.mark.parametrize(
@@ -152,6 +154,11 @@ def test_the_published_graders_want_their_marker() -> None:
     assert not lenient_math(r"\boxed{18}", r"\boxed{18}")
     assert not lenient_math("The answer is: 18", "no box")
     assert not lenient_gsm8k("The answer is: none", "#### 18")
+
+
+def test_the_published_grader_of_gsm8k_knows_whole_numbers_only() -> None:
+    with pytest.raises(RecipeError, match="knows whole numbers only"):
+        lenient_gsm8k("The answer is: 3.5", "#### 3.5")
 
 
 def test_numbers_a_hundredfold_are_equal_to_the_published_one() -> None:

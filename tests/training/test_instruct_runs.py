@@ -183,7 +183,9 @@ def test_queries_of_a_file_are_answered_and_a_killed_job_goes_on(trained: Path, 
     assert "prompts.answers.jsonl" in one.also
 
 
-@pytest.mark.parametrize("asked", [{}, {"input": "a", "prompt": ["b"]}, {"steps": 3, "prompt": ["b"]}])
+@pytest.mark.parametrize(
+    "asked", [{}, {"input": "a", "prompt": ["b"]}, {"steps": 3, "prompt": ["b"]}, {"prompt": ["a", " "]}]
+)
 def test_what_cannot_be_asked(trained: Path, asked: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         open_making(str(trained), asked)
