@@ -118,7 +118,7 @@ class ControlTask(DiffusionTask):
     def scores(self, model: nn.Module, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
         """The loss, and F1 of the edges of those samples that are to be drawn."""
         found = super().scores(model, batch)
-        chosen = batch["index"] < self.config.scored
+        chosen = (batch["index"] < self.config.scored) & (batch["counted"] > 0)
         if chosen.any():
             drawn = self.drawn(batch["index"][chosen].cpu(), batch["hint"][chosen], JUDGE_SEED)
             f1 = edge_f1(drawn, batch["image"][chosen], self.data.thresholds)

@@ -6,7 +6,7 @@ together what one draws.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,9 +16,10 @@ from ortho_cli import registry
 from ortho_cli.errors import RecipeError
 from ortho_cli.models.stable_diffusion import StableDiffusion, draw_latents
 
+from .batching import eval_parts, load_batches, shuffled
 from .diffusion_loss import diffusion_draws, min_snr_weights, mix_noise, noise_loss, target_of
 from .image_specs import Split
-from .task import Batch, Losses, Reduce, Task
+from .task import EVAL_SEED, Batch, Losses, Reduce, Task
 
 if TYPE_CHECKING:
     from ortho_cli.recipe.data_captions import CaptionedPictures
@@ -39,10 +40,11 @@ class DiffusionTask(Task):
     `loss` is the mean error over the evaluation split: unweighted, with the same noise and times for all runs.
 
     A batch has `image` (B, 3, H, W) in [-1, 1] or `moments` of its latents, `tokens` (B, L) or the `text` encoded,
-    what `noise_of` draws, and in evaluation `counted` (B,) where some samples fill a batch up and count 0.
+    what `noise_of` draws, and in evaluation `counted` (B,), which is 0 of samples that only fill a batch up.
     """
 
     metrics: tuple[str, ...] = ("loss",)
+    splits = ("val",)  # noise and times are drawn for it alone
     config: TextToImage | Control | Dreambooth
     data: CaptionedPictures | HintedPictures | SubjectPictures
     model: StableDiffusion  # known once it is built; what is called in training may be a wrapper of it
@@ -81,6 +83,22 @@ class DiffusionTask(Task):
             "noise": noise, "latent_noise": noise, "timestep": torch.zeros(batch, dtype=whole),
         }  # fmt: skip
 
+    def batches(
+        self, split: Split, epoch: int, *, batch: int, rank: int = 0, world: int = 1, skip: int = 0, workers: int = 0
+    ) -> Iterator[Batch]:
+        """As `Task.batches`, but none is empty: a process without a share sees a sample that is not counted.
+
+        Networks take no batch of nothing, and wrapped ones are called as often in every process.
+        """
+        if split == "train":
+            yield from super().batches(split, epoch, batch=batch, rank=rank, world=world, skip=skip, workers=workers)
+            return
+        samples = self.dataset(split)
+        order, parts = shuffled(len(samples), EVAL_SEED, 0), eval_parts(len(samples), batch, rank, world)[skip:]
+        filled = [(start, stop) if stop > start else (0, 1) for start, stop in parts]
+        for each, (start, stop) in zip(load_batches(samples, order, filled, epoch, workers), parts, strict=True):
+            yield {**each, "counted": torch.full((len(each["index"]),), float(stop > start))}
+
     def draws_from(self, split: Split, epoch: int) -> tuple[int, int]:
         """Seed and epoch of all that is drawn for a split: the run's in training, the same for all runs to judge by."""
         return (self.seed, epoch) if split == "train" else (JUDGE_SEED, 0)
@@ -118,7 +136,7 @@ class DiffusionTask(Task):
     def scores(self, model: nn.Module, batch: Batch) -> dict[str, tuple[Tensor, Tensor]]:
         """Some of `metrics` by name: values of a batch's samples, and how much each counts in the mean."""
         errors, _ = self.errors(model, batch)
-        return {"loss": (errors, batch.get("counted", torch.ones_like(errors)))}
+        return {"loss": (errors, batch["counted"])}
 
     @torch.no_grad()
     def evaluate(self, model: nn.Module, batches: Iterable[Batch], reduce: Reduce | None = None) -> dict[str, float]:

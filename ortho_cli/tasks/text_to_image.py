@@ -40,7 +40,6 @@ class TextToImageTask(DiffusionTask):
         seed: of the run.
     """
 
-    splits = ("val",)
     sides = ("size", "buckets")
 
     def __init__(self, task: TextToImage, data: CaptionedPictures, *, seed: int) -> None:

@@ -172,7 +172,7 @@ def _outputs(session: Session, split: str, target: str) -> tuple[dict[str, float
 
     def watched() -> Iterator[Batch]:
         for batch in _batches(session, split):
-            counts.append(len(next(iter(batch.values()))))
+            counts.append(int(batch["counted"].sum()) if "counted" in batch else len(next(iter(batch.values()))))
             if target:
                 targets.append(batch[target].cpu())
             yield session.on_device(batch)

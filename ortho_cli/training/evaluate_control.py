@@ -78,7 +78,7 @@ class ControlJudge(ModelJudge):
         accelerator.wait_for_everyone()
         wanted = min(len(task.dataset("eval")), self.drawing.number or len(task.dataset("eval")))
         for batch in self.batches():
-            chosen = batch["index"] < wanted
+            chosen = (batch["index"] < wanted) & (batch["counted"] > 0)
             if not chosen.any():
                 continue
             places = batch["index"][chosen].cpu()

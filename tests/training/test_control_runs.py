@@ -115,6 +115,20 @@ def test_everything_random_belongs_to_the_sample(tmp_path: Path) -> None:
     assert torch.equal(judged[0]["noise"], judged[1]["noise"])
 
 
+def test_processes_without_a_share_of_a_batch_judge_what_one_judges(tmp_path: Path) -> None:
+    session = opened(tmp_path)
+    task, sums = session.task, []
+    alone = task.evaluate(session.model, task.batches("eval", 0, batch=1))
+    for rank in range(3):
+        batches = list(task.batches("eval", 0, batch=1, rank=rank, world=3))
+        assert [len(each["image"]) for each in batches] == [1, 1]
+        task.evaluate(session.model, batches, lambda own: sums.append(own) or own)
+    together = task.evaluate(session.model, [], lambda _: sum(sums))
+    assert together == pytest.approx(alone, rel=1e-6)
+    assert together.keys() == {"loss", "canny_f1"}
+    assert task.evaluate(session.model, []) == {}
+
+
 def test_killed_and_resumed_bit_for_bit(tmp_path: Path) -> None:
     train(load_train(write(tmp_path, "whole", **SECTIONS)))
     broken = write(tmp_path, "broken", **SECTIONS)
