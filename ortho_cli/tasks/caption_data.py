@@ -13,9 +13,11 @@ import numpy as np
 
 from ortho_cli.errors import RecipeError, UsageError
 
+from .caption_buckets import Shape
 from .caption_files import TREE, CaptionRow, caption_rows
 from .draws import uniform
 from .hint_data import BUNDLED
+from .hub_images import HubPictures
 from .image_specs import Split
 from .pictures import decoded
 
@@ -86,17 +88,8 @@ class _Bundled:
         return _pixel_hash(self.open(place))
 
 
-class _Rows:
+class _Rows(HubPictures):
     """Pictures in a column of a hub set."""
-
-    def __init__(self, rows: Any, column: str) -> None:
-        self.rows, self.column = rows, column
-
-    def open(self, place: int) -> Image:
-        picture: Image | None = self.rows[place][self.column]
-        if picture is None:
-            raise RecipeError(f"row {place} of the hub set has no picture in column {self.column!r}")
-        return picture
 
     def identity(self, place: int) -> str:
         return _pixel_hash(self.open(place))
@@ -118,7 +111,7 @@ def load_captions(config: CaptionedPictures, split: Split) -> CaptionSet:
             and line; unless `skip_bad`, which leaves such samples out.
         UsageError: a library that is needed is not installed.
 
-    Cost: every file is decoded once, by several threads; of the hub's pictures the headers are read.
+    Cost: every picture is decoded once; files by several threads.
     """
     if config.path is not None:
         rows, parted = caption_rows(Path(config.path).expanduser(), split)
@@ -175,22 +168,32 @@ def _checked(rows: Sequence[CaptionRow], skip_bad: bool, split: Split) -> Captio
     """The rows whose pictures open."""
     with ThreadPoolExecutor(READERS) as readers:
         looked = list(readers.map(_look, rows))
-    bad = [(row, found) for row, found in zip(rows, looked, strict=True) if isinstance(found, str)]
-    if bad and not skip_bad:
-        more = f" ({len(bad) - 1} more of {split} are bad too)" if len(bad) > 1 else ""
-        hint = "leave bad samples out: --skip-bad, or data.skip_bad: true"
-        raise RecipeError(f"{bad[0][1]}{more}", hint=hint, where=bad[0][0].where)
+    faults = _sifted(looked, [row.where for row in rows], skip_bad, split)
     kept = [(row, size) for row, size in zip(rows, looked, strict=True) if not isinstance(size, str)]
-    if bad and not kept:
-        raise RecipeError(f"no sample of {split} is left: {bad[0][1]}", where=bad[0][0].where)
     places = tuple(place for place, (row, _) in enumerate(kept) for _ in range(row.repeats))
     return CaptionSet(
         _Files([row for row, _ in kept]), tuple(row.captions for row, _ in kept), tuple(size for _, size in kept),
-        places, tuple(f"{row.where}: {fault}" for row, fault in bad),
+        places, faults,
     )  # fmt: skip
 
 
-def _look(row: CaptionRow) -> tuple[int, int] | str:
+def _sifted(looked: Sequence[Shape | str], wheres: Sequence[str], skip_bad: bool, split: Split) -> tuple[str, ...]:
+    """What is wrong with some samples, of which there are sizes or faults; one is raised if they are not to be skipped.
+
+    Raises:
+        RecipeError: the first fault, where one is not to be left out or nothing else is left.
+    """
+    bad = [(where, found) for where, found in zip(wheres, looked, strict=True) if isinstance(found, str)]
+    if bad and not skip_bad:
+        more = f" ({len(bad) - 1} more of {split} are bad too)" if len(bad) > 1 else ""
+        hint = "leave bad samples out: --skip-bad, or data.skip_bad: true"
+        raise RecipeError(f"{bad[0][1]}{more}", hint=hint, where=bad[0][0])
+    if bad and len(bad) == len(looked):
+        raise RecipeError(f"no sample of {split} is left: {bad[0][1]}", where=bad[0][0])
+    return tuple(f"{where}: {fault}" for where, fault in bad)
+
+
+def _look(row: CaptionRow) -> Shape | str:
     """The size of a picture, or what is wrong with the row."""
     if row.fault:
         return row.fault
@@ -212,7 +215,18 @@ def _hub(config: CaptionedPictures, split: Split) -> tuple[CaptionSet, bool]:
     """A set of the hub, through `datasets`."""
     from .caption_hub import hub_rows
 
-    rows, image, captions, parted = hub_rows(config.source or HUB[config.name], config.caption_column, split)
+    name = config.source or HUB[config.name]
+    rows, image, captions, parted = hub_rows(name, config.caption_column, split)
     source = _Rows(rows, image)
-    sizes = tuple(source.open(place).size for place in range(len(rows)))
-    return CaptionSet(source, captions, sizes, tuple(range(len(rows)))), parted
+
+    def look(place: int) -> Shape | str:
+        try:
+            return source.open(place).size if captions[place] else f"row {place} has no caption"
+        except RecipeError as error:
+            return error.message
+
+    looked = [look(place) for place in range(len(rows))]
+    faults = _sifted(looked, [f"{name}:{place}" for place in range(len(rows))], config.skip_bad, split)
+    places = tuple(place for place, size in enumerate(looked) if not isinstance(size, str))
+    sizes = tuple((0, 0) if isinstance(size, str) else size for size in looked)
+    return CaptionSet(source, captions, sizes, places, faults), parted

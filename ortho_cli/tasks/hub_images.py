@@ -36,9 +36,14 @@ class HubPictures:
         """The picture of a row, decoded.
 
         Raises:
-            RecipeError: a row without a picture.
+            RecipeError: a row without a picture, or with a broken one.
         """
-        picture: Image | None = self.rows[place][self.column]
+        try:
+            picture: Image | None = self.rows[place][self.column]
+        except (OSError, SyntaxError, ValueError) as error:  # of Pillow, which `datasets` decodes with
+            raise RecipeError(
+                f"row {place} of the hub set holds no picture that Pillow can read: {str(error)[:200]}"
+            ) from error
         if picture is None:
             raise RecipeError(f"row {place} of the hub set has no picture in column {self.column!r}")
         return picture

@@ -212,6 +212,21 @@ def test_sets_of_the_hub_by_a_folder_of_it(tmp_path: Path) -> None:
         load_captions(config.model_copy(update={"caption_column": "words"}), "train")
 
 
+def test_bad_rows_of_a_hub_set_stop_with_their_number_or_are_left_out(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    for number in range(4):
+        picture(tmp_path / "set" / "train" / f"{number}.png")
+    (tmp_path / "set" / "train" / "1.png").write_bytes(b"no picture")
+    metadata(tmp_path / "set" / "train", *({"file_name": f"{n}.png", "text": "" if n == 2 else "t"} for n in range(4)))
+    given = {"name": "caption-hub", "source": str(tmp_path / "set"), "held_out": 0.0, "size": 8}
+    with pytest.raises(RecipeError, match=r"row 1 .* no picture that Pillow can read.*1 more of train") as caught:
+        load_captions(CaptionedPictures.model_validate(given), "train")
+    assert str(caught.value.where).endswith(":1")
+    found = load_captions(CaptionedPictures.model_validate({**given, "skip_bad": True}), "train")
+    assert (found.places, len(found.faults)) == ((0, 3), 2)
+    assert found.faults[1].endswith(":2: row 2 has no caption")
+
+
 @pytest.mark.parametrize(
     "module", ["caption_buckets", "caption_data", "caption_files", "caption_samples", "latent_cache"]
 )
