@@ -15,14 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
-    "FILTER_AXES", "Vectors", "convolution_exponential", "four_norms", "power_iteration", "skew_filter",
+    "EPS", "FILTER_AXES", "Vectors", "convolution_exponential", "four_norms", "power_iteration", "skew_filter",
     "space_to_depth", "start_vectors",
 ]  # fmt: skip
 
 # The axes of a filter (out, in, height, width) that the right vector of each unfolding spans; the left one has the
 # others. Reference: Singla and Feizi 2021, "Fantastic four", arXiv:1911.10258.
 FILTER_AXES = ((1, 3), (1, 2), (1, 2, 3), (0, 2, 3))
-EPS = 1e-12  # of a vector that is divided by its length
+EPS = 1e-12  # least length, and least norm, that anything is divided by
 
 
 class Vectors(NamedTuple):

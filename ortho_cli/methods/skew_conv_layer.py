@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ortho_cli.errors import TargetError
 from ortho_cli.linalg.precision import at_least_float32
 from ortho_cli.linalg.skew_conv import (
+    EPS,
     Vectors,
     convolution_exponential,
     four_norms,
@@ -105,7 +106,8 @@ class SkewConv2d(nn.Module):
             for index, (right, left) in enumerate(zip(*vectors, strict=True), start=1):
                 getattr(self, f"u{index}").copy_(right)
                 getattr(self, f"v{index}").copy_(left)
-        return self.correction * filters / four_norms(filters, vectors).min()
+        # One channel has no skew-symmetric 1 x 1 filter but 0, whose exponential is the identity.
+        return self.correction * filters / four_norms(filters, vectors).min().clamp_min(EPS)
 
     def forward(self, inputs: Tensor) -> Tensor:
         with torch.autocast(inputs.device.type, enabled=False):

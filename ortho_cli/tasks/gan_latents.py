@@ -85,7 +85,8 @@ def sefa_rotation(matrices: list[Tensor]) -> Tensor:
     >>> sefa_rotation([weight]).abs().tolist()
     [[0.0, 1.0], [1.0, 0.0]]
     """
-    turns = [torch.linalg.svd(each.float(), full_matrices=False).U for each in matrices]
+    grams = [each.double() @ each.double().T for each in matrices]
+    turns = [torch.linalg.eigh(gram).eigenvectors.flip(1).float() for gram in grams]
     whole = torch.zeros(2 * (sum(map(len, turns)),), device=turns[0].device)
     first = 0
     for turn in turns:

@@ -152,6 +152,13 @@ def test_what_it_cannot_replace_is_refused(conv: nn.Module, reason: str) -> None
         skew_conv(conv)
 
 
+def test_one_channel_and_one_place_are_left_as_they_are() -> None:
+    layer = SkewConv2d(1, 1, 1, bias=False)
+    pictures = torch.randn(2, 1, 3, 3)
+    for training in (True, False):
+        assert torch.equal(layer.train(training)(pictures), pictures)
+
+
 def test_even_kernels_are_refused() -> None:
     with pytest.raises(TargetError, match="needs an odd kernel and a stride of 1 or more, found 4 and 1"):
         SkewConv2d(3, 3, 4)

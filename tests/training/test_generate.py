@@ -185,6 +185,8 @@ def test_sefa_turns_the_code_to_principal_directions() -> None:
     rotation = sefa_rotation(eigen.latent_matrices())
     assert torch.allclose(rotation @ rotation.T, torch.eye(6), atol=1e-5)
     assert not rotation[:3, 3:].any()
+    more = sefa_rotation([torch.randn(4, 2)])  # coordinates than features
+    assert torch.allclose(more @ more.T, torch.eye(4), atol=1e-5)
 
 
 def test_examples_run() -> None:
