@@ -19,7 +19,16 @@ from ortho_cli.errors import CheckpointError, UsageError
 
 from .hf_known import KNOWN
 
-__all__ = ["ADAPTED", "Family", "Pretrained", "load_pretrained", "on_meta", "read_config", "transformers_library"]
+__all__ = [
+    "ADAPTED",
+    "Family",
+    "Pretrained",
+    "load_pretrained",
+    "on_meta",
+    "read_config",
+    "silent",
+    "transformers_library",
+]
 
 # In a base that holds an adapter, the adapted layers' own weights; the adapter is put on by who reads the base.
 ADAPTED = {r"\.fixed_linear\.": "."}
@@ -144,7 +153,7 @@ def load_pretrained(
             model = loader.from_config(config)
             notes += [] if config.name_or_path else [f"{base} is not here; its sizes are those that are known of it"]
         else:
-            with _silent(transformers_library(family)):  # what is new or missing is ours to say
+            with silent(transformers_library(family)):  # what is new or missing is ours to say
                 model, loading = loader.from_pretrained(
                     base, config=config, ignore_mismatched_sizes=True, output_loading_info=True, key_mapping=ADAPTED,
                     **options or {},
@@ -169,7 +178,8 @@ def load_pretrained(
 
 
 @contextmanager
-def _silent(library: Any) -> Iterator[None]:
+def silent(library: Any) -> Iterator[None]:
+    """Keep the warnings of transformers, and its progress bars where there is no terminal, from being shown."""
     logs = library.utils.logging
     level, bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
     logs.set_verbosity_error()

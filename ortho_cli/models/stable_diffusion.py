@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ortho_cli.errors import UsageError
 
+from .hf_base import silent
 from .hint_encoder import CONTROL, hint_added
 from .stable_diffusion_files import Parts, base_parts, random_parts, read_weights
 
@@ -140,9 +141,12 @@ class StableDiffusion(nn.Module):
             scheduler: a diffusers scheduler; None: DDIM, set up as the base's.
         """
         import diffusers
+        import transformers
 
         library: Any = diffusers
-        made = library.StableDiffusionPipeline(
+        with silent(transformers):  # importing a pipeline warns of image processors that none of ours has
+            build_pipeline = library.StableDiffusionPipeline
+        made = build_pipeline(
             vae=self.vae, text_encoder=self.text_encoder, tokenizer=self.tokenizer, unet=self.unet,
             scheduler=scheduler or library.DDIMScheduler.from_config(self.scheduler.config), safety_checker=None,
             feature_extractor=None, requires_safety_checker=False,
