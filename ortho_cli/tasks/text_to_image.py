@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = ["TextToImageTask"]
 
+PART = 4  # samples at a time
+
 
 class TextToImageTask(DiffusionTask):
     """Train a diffusion model on captioned pictures.
@@ -126,8 +128,12 @@ class TextToImageTask(DiffusionTask):
         if not prompts:
             return
         noise, first = torch.randn(len(prompts), *self.latents(), generator=generator), self.model.unet.conv_in.weight
-        made: Tensor = self.model.pipeline()(
-            prompts, latents=noise.to(first.device, first.dtype), num_inference_steps=self.config.steps,
-            guidance_scale=self.config.guidance, height=size, width=size, output_type="pt",
-        ).images  # fmt: skip
-        save_grid(made.float().mul(2).sub(1), folder / "samples.png")
+        noise, pipeline = noise.to(first.device, first.dtype), self.model.pipeline()
+        parts: list[Tensor] = [
+            pipeline(
+                prompts[start : start + PART], latents=noise[start : start + PART], height=size, width=size,
+                num_inference_steps=self.config.steps, guidance_scale=self.config.guidance, output_type="pt",
+            ).images
+            for start in range(0, len(prompts), PART)
+        ]  # fmt: skip
+        save_grid(torch.cat(parts).float().mul(2).sub(1), folder / "samples.png")

@@ -100,6 +100,16 @@ def test_a_base_that_is_gone_or_another_is_refused(base: Path, tmp_path: Path) -
     assert caught.value.exit_code == 4
 
 
+def test_what_two_processes_draw_is_what_one_draws(base: Path, tmp_path: Path) -> None:
+    task = open_session(load_train(write(tmp_path, "run", base))).task
+    one = list(task.batches("train", 1, batch=2))
+    two = [task.batches("train", 1, batch=2, rank=rank, world=2) for rank in range(2)]
+    for whole, *halves in zip(one, *two, strict=True):
+        assert {"noise", "latent_noise", "timestep", "tokens", "image"} <= whole.keys()
+        assert all(torch.equal(torch.cat([half[name] for half in halves]), whole[name]) for name in whole)
+
+
+@pytest.mark.slow
 def test_two_processes_are_one(base: Path, tmp_path: Path) -> None:
     recipes = {name: write(tmp_path, name, base) for name in ("one", "two")}
     train(load_train(recipes["one"]))
@@ -151,7 +161,7 @@ def test_samples_follow_the_adapter_and_frozen_halves_train(base: Path, tmp_path
         path = write(
             tmp_path, name, base, optimizer=f"{{name: adamw, lr: {lr}}}",
             model="{name: stable-diffusion, base: BASE, frozen: bf16}",
-            task="{name: text_to_image, validation_prompts: [a cat, a wall], steps: 3}",
+            task="{name: text_to_image, validation_prompts: [a cat, a wall, a, b, c], steps: 3}",
             train="{steps: 4, threads: 1}", run="{dir: FOLDER, samples_every_steps: 2, save_every_steps: 4}",
         )  # fmt: skip
         train(load_train(path))
