@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 import torch
 from text_bases import WORDS, save_base
-from training_runs import LAUNCH, assert_same_runs, die_at, lines_of, ortho, write
+from training_runs import LAUNCH, assert_same_runs, die_at, lines_of, write
 
 from ortho_cli.analysis.run_report import write_run_report
+from ortho_cli.errors import RecipeError
 from ortho_cli.recipe.train import load_train
 from ortho_cli.surgery.merge import merge
 from ortho_cli.training.evaluate import evaluate_run
@@ -148,6 +149,5 @@ def test_what_a_run_knows_of_itself(tmp_path: Path) -> None:
 
 def test_a_metric_that_the_task_lacks_is_refused(tmp_path: Path) -> None:
     own = {**sections(tmp_path), "run": "{dir: FOLDER, best: {metric: eval/matthews, mode: max}}"}
-    done = ortho("train", str(write(tmp_path, "run", **own)))
-    assert done.returncode == 3
-    assert "run.best.metric eval/matthews is not evaluated" in done.stderr
+    with pytest.raises(RecipeError, match=r"run\.best\.metric eval/matthews is not evaluated"):
+        train(load_train(write(tmp_path, "run", **own)))
