@@ -43,7 +43,7 @@ class HintedPictures(Section):
         default=512, description="Side of the pictures in pixels; those that are no squares lose their longer ends."
     )
     skip_bad: bool = Field(
-        default=False, description="Go on without samples whose files are missing or broken; they are counted."
+        default=False, description="Go on without samples whose line is wrong or files are missing or broken; counted."
     )
 
     def problems(self) -> Iterator[Rejection]:
