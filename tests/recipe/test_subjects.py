@@ -24,5 +24,5 @@ def test_prompts_are_the_published_ones_of_the_subjects_kind() -> None:
 
 def test_training_prompts_are_the_published_ones() -> None:
     published = [PUBLISHED[key].replace("{class}", "{class_name}") for key in ("instance_prompt", "class_prompt")]
-    assert [INSTANCE_PROMPT, CLASS_PROMPT] == published
+    assert published == [INSTANCE_PROMPT, CLASS_PROMPT]
     assert PUBLISHED["token"] == TOKEN
