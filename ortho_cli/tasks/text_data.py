@@ -172,7 +172,9 @@ def _is_unlabelled(value: Any) -> bool:
 
 def _check_column(table: Any, name: str) -> None:
     if name not in table.column_names:
-        raise RecipeError(f"the data has no column {name!r}", hint=f"its columns: {', '.join(table.column_names)}")
+        columns = ", ".join(table.column_names)
+        hint = f"its columns: {columns}; name them: data.text=[COLUMN], data.label=COLUMN"
+        raise RecipeError(f"the data has no column {name!r}", hint=hint)
 
 
 def _joined(parts: list[TextSet], classes: tuple[str, ...]) -> TextSet:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +92,10 @@ def open_dataset(what: str, *arguments: Any, hint: str | None = None, **options:
     except ImportError as error:
         raise UsageError(f"{what} needs the datasets library", hint="pip install 'ortho-cli[text]'") from error
     logs = datasets.logging
-    level = logs.get_verbosity()
+    level, no_bars = logs.get_verbosity(), datasets.are_progress_bars_disabled()
     logs.set_verbosity(logs.CRITICAL)  # what it logs of a broken file, the error says again
+    if not sys.stderr.isatty():
+        datasets.disable_progress_bars()
     try:
         return datasets.load_dataset(*arguments, **options)
     except StopIteration as error:  # a file of JSON lines without a line
@@ -105,3 +108,5 @@ def open_dataset(what: str, *arguments: Any, hint: str | None = None, **options:
         raise RecipeError(f"{what} does not open: {reason}", hint=hint) from error
     finally:
         logs.set_verbosity(level)
+        if not no_bars:
+            datasets.enable_progress_bars()
