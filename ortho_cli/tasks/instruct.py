@@ -138,7 +138,8 @@ class InstructTask(Task):
             if not asks or "index" not in batch:  # training samples are judged by their loss alone
                 continue
             places = batch["index"].tolist()
-            missing = [place for place in places if place not in log.items]
+            queries = self.pairs("eval").queries  # what the log answers may have been changed since
+            missing = [each for each in places if each not in log.items or log.items[each].query != queries[each]]
             log.add(self._items(missing, bare_model(model)))
             items = [log.items[place] for place in places]
             for item in items:

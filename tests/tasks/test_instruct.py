@@ -147,7 +147,13 @@ def test_answers_are_graded_logged_and_not_made_again(tmp_path: Path, monkeypatc
     task.log_items(log)
     assert evaluate() == found
     assert oracle.asked == 30 + 6
-    assert sorted(json.loads(line)["index"] for line in log.read_text("utf-8").splitlines()) == list(range(10))
+    changed = [json.loads(line) for line in log.read_text("utf-8").splitlines()]
+    changed[0]["query"] = "of a file that has changed since"
+    log.write_text("\n".join(map(json.dumps, changed)) + "\n", "utf-8")
+    task.log_items(log)
+    assert evaluate() == found
+    assert oracle.asked == 30 + 6 + 1
+    assert {json.loads(line)["index"] for line in log.read_text("utf-8").splitlines()} == set(range(10))
     assert ItemLog(log).items == task.log.items
     assert [json.loads(line)["index"] for line in task.log.text().splitlines()] == list(range(10))
 
