@@ -110,8 +110,8 @@ MORE: list[tuple[str, str]] = [
     ("methods: [{name: hra, penalty: -1}]", "8: methods.0.penalty: should be greater than or equal to 0, found -1"),
     ("methods: [{name: hra, targets: '**.to_q'}]", "8: methods.0.targets: expected a list or auto, found '**.to_q'"
      " (write a list: [item, ...])"),
-    ("methods: [{name: gor, targets: convs}]", "8: methods.0.targets: expected a list or conv, linear or all, found"
-     " 'convs'; did you mean 'conv'?"),
+    ("methods: [{name: gor, targets: convs}]", "8: methods.0.targets: expected a list or auto, conv, linear, all or"
+     " decoder-up, found 'convs'; did you mean 'conv'?"),
     ("methods: [{name: peft, config: {r: 8}}]", "8: methods.0.config: needs peft_type: NAME, e.g. OFT"),
     ("methods:\n  - {name: hra}\n  - {name: gor}\n  - {name: gor}\n  - {name: hra}", "12: methods.3: hra is already"
      " methods.0; a recipe has it once"),
