@@ -16,7 +16,7 @@ from ortho_cli.recipe.translation import TransformerBase, TransformerSmall
 
 __all__ = [
     "MLP", "VGG", "Architecture", "CausalLM", "EigenGAN", "Forecaster", "HFImage", "HFText", "Model", "ResNet",
-    "ResNet32x2", "SimpleGAN", "SmallStemResNet", "StableDiffusion", "Timm", "TinyLM","TransformerBase",
+    "ResNet32x2", "SimpleGAN", "SmallStemResNet", "StableDiffusion", "Timm", "TinyLM", "TransformerBase",
     "TransformerSmall", "VitB16", "VitMini", "WideResNet",
 ]  # fmt: skip
 
@@ -202,6 +202,7 @@ class SimpleGAN(_Generating):
 
 Model = Annotated[
     ResNet | ResNet32x2 | SmallStemResNet | VGG | WideResNet | VitMini | VitB16 | MLP | HFImage | Timm | Forecaster
-    | HFText | CausalLM | TinyLM | EigenGAN | SimpleGAN | StableDiffusion | TransformerSmall | TransformerBase,
+    | HFText | CausalLM | TinyLM
+    | EigenGAN | SimpleGAN | StableDiffusion | TransformerSmall | TransformerBase,
     Field(discriminator="name"),
 ]  # fmt: skip

@@ -144,7 +144,8 @@ def without_hint_encoder(adapter: Adapter) -> Adapter:
     kept = {name: info for name, info in adapter.replacements.items() if not name.startswith(HINT_ENCODER)}
     if len(kept) == len(adapter.replacements):
         return adapter
-    note = f"the hint encoder ({HINT_ENCODER}*) is left out: only {adapter.path.name} and merged LDM files hold it"
+    holders = f"{adapter.path.name} holds it, and merged LDM files of LDM bases"
+    note = f"the hint encoder ({HINT_ENCODER}*) is left out: {holders}"
     return replace(adapter, replacements=kept, notes=(*adapter.notes, note))
 
 

@@ -132,7 +132,8 @@ def write_form(source: ExportSource, form: str, output: Path, *, dry_run: bool =
         What the user should know of it.
 
     Raises:
-        OrthoError: there is no such exact form of this adapter, or of this base.
+        OrthoError: there is no such exact form of this adapter, or of this base: a run has neither the names of an LDM
+            file nor the configurations of a pipeline.
     """
     if form == "peft" and not source.is_diffusion:
         return _peft_folder(source, output, dry_run=dry_run)
@@ -160,6 +161,11 @@ def _merged(source: ExportSource, form: str, output: Path, *, dry_run: bool) -> 
     base = source.base
     assert base is not None, "the recipe was refused"
     is_file = is_sd15_ldm(base)
+    if form != "merged" and not is_file and base.kind != "pipeline":
+        raise RecipeError(
+            f"model.base {source.recipe.model.base} is neither an LDM file nor a diffusers folder",
+            hint="export the adapter: peft, kohya-lora; pictures are drawn from the run itself: ortho generate RUN",
+        )
     alone = without_hint_encoder(source.adapter)  # an LDM file has a place for it
     adapter = source.adapter if form == "merged" or (form == "merged-ldm" and is_file) else alone
     if form == "merged" or (form == "merged-ldm" and is_file) or (form == "merged-diffusers" and not is_file):

@@ -122,7 +122,7 @@ class DiffusionMaking:
         if folder.finish([picture.name for picture in self.every]):
             write_sheet(output, settings, read_manifests(output)[1])
             also.append(SHEET)
-        return Made(folder.made, folder.skipped, drawing.checkpoint, also, drawing.notes)
+        return Made(folder.made, folder.skipped, drawing.checkpoint, also, [*drawing.notes, *self._unhinted()])
 
     def _prompts(self, asked: Mapping[str, Any]) -> list[Prompt]:
         """Those of the command, of a run's data, or what a run shows while it trains."""
@@ -143,6 +143,13 @@ class DiffusionMaking:
                 hint += f"; {self.source.place} is neither a run nor a file here, so the hub's"
             raise UsageError("nothing says what to draw", hint=hint)
         return found
+
+    def _unhinted(self) -> list[str]:
+        """What to know where a model that listens to hints was given none."""
+        if self.source.recipe is None or self.source.recipe.task.name != "control":
+            return []
+        count = sum(prompt.hint is None for prompt in self.prompts)
+        return [f"prompts without a hint: {count}; give one: --control IMAGE"] if count else []
 
     def _line(self, picture: Picture) -> dict[str, Any]:
         """What decides a picture beside the settings of all: its line in the manifest."""

@@ -23,23 +23,11 @@ SMALL = {
     "vit-b16": {"patch": 4, "depth": 1, "heads": 2, "dim": 8},
 }
 # Tested on their own: what has its base's sizes, what a library has, what takes no pictures, and what makes them.
-OWN = [
-    name
-    for name in TABLES["models"]
-    if name
-    not in (
-        "hf-image",
-        "hf-text",
-        "timm",
-        "forecaster",
-        "causal-lm",
-        "tiny-lm",
-        "eigengan",
-        "gan64",
-        "gan128",
-        "stable-diffusion", "transformer-base", "transformer-small",
-    )
-]
+APART = {
+    "hf-image", "hf-text", "timm", "forecaster", "causal-lm", "tiny-lm", "eigengan", "gan64", "gan128",
+    "stable-diffusion", "transformer-base", "transformer-small",
+}  # fmt: skip
+OWN = [name for name in TABLES["models"] if name not in APART]
 
 
 def build(name: str, channels: int) -> torch.nn.Module:

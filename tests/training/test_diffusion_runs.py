@@ -63,6 +63,13 @@ def test_the_loss_falls(base: Path) -> None:
     assert judged[1] < judged[0]
 
 
+@pytest.mark.parametrize("form", ["merged-ldm", "merged-diffusers"])
+def test_a_run_as_base_has_no_merged_form_of_a_file_or_pipeline(base: Path, tmp_path: Path, form: str) -> None:
+    with pytest.raises(RecipeError, match="base is neither an LDM file nor a diffusers folder"):
+        train(load_train(write(tmp_path, "run", base, run=f"{{dir: FOLDER, export: [{form}]}}")))
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_killed_run_goes_on_bit_for_bit(base: Path, tmp_path: Path) -> None:
     train(load_train(write(tmp_path, "whole", base)))
     broken = write(tmp_path, "broken", base)
