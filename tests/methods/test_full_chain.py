@@ -17,9 +17,10 @@ from ortho_cli.methods.adapter_layer import AdapterLayer, adapter_layers
 from ortho_cli.methods.hra_layer import HRALayer
 from ortho_cli.methods.lora_layer import LoRALayer
 from ortho_cli.recipe.train import load_train
+from ortho_cli.training.evaluate import restore_for_judging
 from ortho_cli.training.run import train
 from ortho_cli.training.session import open_session
-from ortho_cli.training.state import last_checkpoint, load_tensors
+from ortho_cli.training.state import last_checkpoint
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # PEFT's own imports warn about packages it looks for
@@ -99,7 +100,7 @@ def test_add_train_merge_convert(base: Path, form: str, gram_schmidt: bool, tmp_
     trained = open_session(resolved)
     newest = last_checkpoint(tmp_path / "run")
     assert newest is not None
-    trained.model.load_state_dict(load_tensors(newest / "model.safetensors"), strict=True)
+    restore_for_judging(trained, newest)
     one_adapter_each(trained.model, HRALayer)
     wanted = outputs(trained.model.model)
     assert gap(wanted, before) > 1e-2

@@ -54,7 +54,7 @@ def test_resolved_loads_to_the_same_whatever_it_holds(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text(resolved_yaml(recipe), encoding="utf-8")
     again = load_train(tmp_path / "recipe.yaml")
     assert again == recipe
-    filled = {"penalty", "penalty_form", "bias", "modules_to_save"}
+    filled = {"penalty", "penalty_form", "bias", "modules_to_save", "rates", "compat"}
     assert again.methods[0].model_fields_set == recipe.methods[0].model_fields_set | filled
 
 

@@ -54,7 +54,7 @@ def test_what_a_run_knows_of_itself(tmp_path: Path) -> None:
     assert outcome.best == min(lines_of(run, "eval/mse"))
     again = evaluate_run(run)
     assert again.metrics["mse"] == pytest.approx(outcome.best, rel=1e-6)
-    assert again.samples == 160 - 6 + 1
+    assert again.judged["samples"] == 160 - 6 + 1
     other = {split: evaluate_run(run, split=split).metrics["mse"] for split in ("val", "train")}
     test = evaluate_run(run, sets=["data.judge=test"])
     assert len({other["train"], other["val"], test.metrics["mse"]}) == 3

@@ -89,8 +89,8 @@ def test_a_run_is_judged_without_what_it_was_taught_by(tmp_path: Path) -> None:
     )  # fmt: skip
     train(load_train(taught))
     shutil.rmtree(tmp_path / "teacher")
-    assert evaluate_run(tmp_path / "taught").samples == 359
-    assert evaluate_run(tmp_path / "taught", sets=["train.limit_batches=1"]).samples <= 64
+    assert evaluate_run(tmp_path / "taught").judged["samples"] == 359
+    assert evaluate_run(tmp_path / "taught", sets=["train.limit_batches=1"]).judged["samples"] <= 64
 
 
 @pytest.mark.parametrize(("methods", "keep", "kept"), [("[]", "null", 2), ("[]", "1", 1), ("[]", "all", 3)])
