@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from ortho_cli.errors import RecipeError, UsageError
+from ortho_cli.errors import RecipeError
 
 from .caption_files import KEYS
 from .image_specs import Split
 from .picture_folders import SPLIT_FOLDERS
+from .text_files import open_dataset
 
 __all__ = ["hub_rows"]
 
@@ -28,19 +29,13 @@ def hub_rows(source: str, column: str | None, split: Split) -> tuple[Any, str, t
         UsageError: `datasets` is not installed.
         RecipeError: not reachable, gated, or without a column of pictures or of captions.
     """
-    try:
-        import datasets
-    except ImportError as error:
-        raise UsageError("sets of the hub need the datasets library", hint="pip install 'ortho-cli[vision]'") from error
     name, _, revision = source.partition("@")
-    try:
-        found = datasets.load_dataset(name, revision=revision or None)
-    except (OSError, ValueError, RuntimeError) as error:  # unreachable or gated; a script repository
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise RecipeError(
-            f"the hub set {name!r} does not open: {reason}",
-            hint="a gated set needs accepted terms and HF_TOKEN; or name a folder: caption-folder, data.path",
-        ) from error
+    found = open_dataset(
+        f"the hub set {name!r}", name, revision=revision or None, extra="vision",
+        hint="a gated set needs accepted terms and HF_TOKEN; or name a folder: caption-folder, data.path",
+    )  # fmt: skip
+    import datasets
+
     own = next((word for word in SPLIT_FOLDERS[split] if word in found), None)
     rows = found[own or "train"] if own or "train" in found else None
     if rows is None:

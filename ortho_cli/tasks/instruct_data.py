@@ -171,7 +171,8 @@ def _local(spec: PairSpec, part: str, path: Path) -> tuple[Any, str]:
 
 def _hub(spec: PairSpec, part: str, source: str | None) -> tuple[Any, str]:
     name, _, revision = (source or spec.hub or "").partition("@")
-    options = {"split": "train" if part == "train" else spec.test or "test", "revision": revision or None}
+    split = "train" if part == "train" else spec.test or "test"
+    options: dict[str, Any] = {"split": split, "revision": revision or None}
     configs: tuple[str | None, ...] = (spec.configs if source is None else ()) or (None,)
     found = [open_dataset(f"the hub set {name!r}", name, config, hint=WANTED, **options) for config in configs]
     if len(found) == 1:

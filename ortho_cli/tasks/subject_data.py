@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +10,8 @@ from ortho_cli.errors import RecipeError, UsageError
 
 from .hub_images import HubPictures
 from .picture_folders import every_picture
-from .pictures import PictureFiles, Pictures, decoded
+from .pictures import Box, PictureFiles, Pictures, decoded
+from .text_files import open_dataset
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -31,7 +33,7 @@ VIEWS = (
 class _Cat:
     """Four views of the one picture of a cat that lies in scikit-image's wheel."""
 
-    def __init__(self) -> None:
+    def __init__(self, views: Sequence[Box] = VIEWS) -> None:
         from PIL import Image
 
         try:
@@ -39,16 +41,16 @@ class _Cat:
         except ImportError as error:
             raise UsageError("skimage-cat comes with scikit-image", hint="pip install scikit-image") from error
         pictures: Any = skimage.data
-        self.picture = Image.fromarray(pictures.chelsea())
+        self.picture, self.views = Image.fromarray(pictures.chelsea()), views
 
     def __len__(self) -> int:
-        return len(VIEWS)
+        return len(self.views)
 
     def open(self, place: int) -> Image:
-        return self.picture.crop(VIEWS[place])
+        return self.picture.crop(self.views[place])
 
-    def select(self, places: object) -> Pictures:
-        raise NotImplementedError  # a subject has no parts
+    def select(self, places: Sequence[int]) -> _Cat:
+        return _Cat([self.views[place] for place in places])
 
 
 def load_subject(config: SubjectPictures, subject: str | None) -> Pictures:
@@ -89,18 +91,9 @@ def subject_folder(config: SubjectPictures, subject: str) -> Path:
 
 
 def _hub(source: str, subject: str) -> Pictures:
-    try:
-        import datasets
-    except ImportError as error:
-        hint = "pip install 'ortho-cli[vision]'; or name a local folder: data.path"
-        raise UsageError("pictures from the hub need the datasets library", hint=hint) from error
     name, _, revision = source.partition("@")
-    try:
-        rows = datasets.load_dataset(name, subject, split="train", revision=revision or None)
-    except (OSError, ValueError, RuntimeError) as error:  # unreachable or gated; no such subject
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
-        raise RecipeError(
-            f"the hub set {name!r} does not open for {subject!r}: {reason}",
-            hint=f"a local copy will do: data.path: FOLDER, with {TREE[0]}",
-        ) from error
+    rows = open_dataset(
+        f"{subject!r} of the hub set {name!r}", name, subject, split="train", revision=revision or None, extra="vision",
+        hint=f"a local copy will do: data.path: FOLDER, with {TREE[0]}",
+    )  # fmt: skip
     return HubPictures(rows, "image")

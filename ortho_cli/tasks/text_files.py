@@ -74,13 +74,14 @@ def hub_table(source: str, config: str | None) -> dict[str, Any]:
     return dict(open_dataset(f"the hub set {name!r}", name, config, revision=revision or None))
 
 
-def open_dataset(what: str, *arguments: Any, hint: str | None = None, **options: Any) -> Any:
+def open_dataset(what: str, *arguments: Any, hint: str | None = None, extra: str = "text", **options: Any) -> Any:
     """What `datasets.load_dataset` gives, or why it gives nothing.
 
     Args:
         what: is opened, as messages call it.
         arguments: of `load_dataset`.
         hint: of the error.
+        extra: of ours that brings `datasets`, where it is missing.
         options: of `load_dataset`.
 
     Raises:
@@ -90,7 +91,7 @@ def open_dataset(what: str, *arguments: Any, hint: str | None = None, **options:
     try:
         import datasets
     except ImportError as error:
-        raise UsageError(f"{what} needs the datasets library", hint="pip install 'ortho-cli[text]'") from error
+        raise UsageError(f"{what} needs the datasets library", hint=f"pip install 'ortho-cli[{extra}]'") from error
     logs = datasets.logging
     level, no_bars = logs.get_verbosity(), datasets.are_progress_bars_disabled()
     logs.set_verbosity(logs.CRITICAL)  # what it logs of a broken file, the error says again
